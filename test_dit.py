@@ -1,0 +1,769 @@
+"""Claims about dit.py, sample.py and train.py, in their order, each proved against an oracle that shares no code with them.
+
+    pytest                  every claim about a unit: under 90 s on two CPU cores, no network
+    pytest -m slow          those that train: the built-in preset from its command to a classifier's verdict
+
+An oracle is a scalar loop in float64, torch.distributions, an analytic model, the paper's table, or diffusers. float32
+tables and float64 arithmetic agree to about 1e-6 relative; float32 networks to 1e-5.
+"""
+import ast
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.distributions import Normal, kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import sample
+import train
+from dit import DiT, DiT_models, GaussianDiffusion, space_timesteps
+
+HERE = Path(__file__).parent
+DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
+LN2 = math.log(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_dit(block="adaln-zero", randomize=True, **kwargs):
+    """A DiT of two blocks on 8 x 8 x 3 images and 5 classes; randomize gives every weight, zeros too, a random value."""
+    torch.manual_seed(1)
+    sizes = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=5)
+    model = DiT(**(sizes | kwargs), block=block)
+    if randomize:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs(n=3, channels=3, side=8):
+    return torch.randn(n, channels, side, side), torch.tensor([0, 500, 999])[:n], torch.tensor([0, 4, 2])[:n]
+
+
+def full(value, *shape):
+    return torch.full(shape, value, dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sec. 3.1  Diffusion
+
+BETAS = [1e-4 + (2e-2 - 1e-4) * i / 999 for i in range(1000)]                     # the paper: linear, 1e-4 to 2e-2
+ALPHA_BAR = [math.prod(1 - b for b in BETAS[:t + 1]) for t in range(1000)]        # float64, by definition
+
+
+def test_schedule_is_linear_from_1e4_to_2e2():
+    diffusion = GaussianDiffusion()
+    torch.testing.assert_close(diffusion.betas.double(), torch.tensor(BETAS, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(diffusion.alphas_cumprod.double(), torch.tensor(ALPHA_BAR, dtype=torch.float64),
+                               rtol=1e-6, atol=0)
+
+
+def test_q_sample_is_the_noising_of_one_step_repeated():
+    """After t + 1 steps x = sqrt(1 - beta) x + sqrt(beta) e, the factor of x_0 and the variance are q_sample's, at every t."""
+    diffusion, t = GaussianDiffusion(), torch.arange(1000)
+    factor, variance, factors, variances = 1.0, 0.0, [], []
+    for beta in BETAS:
+        factor, variance = math.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
+        factors.append(factor)
+        variances.append(variance)
+    zero, one = full(0.0, 1000, 1, 1, 1), full(1.0, 1000, 1, 1, 1)
+    torch.testing.assert_close(diffusion.q_sample(one, t, zero).flatten().tolist(), factors, rtol=1e-6, atol=0)
+    torch.testing.assert_close((diffusion.q_sample(zero, t, one) ** 2).flatten().tolist(), variances, rtol=1e-6, atol=0)
+
+
+def test_posterior_is_bayes_rule():
+    """q(x_(t-1) | x_t, x_0) is proportional to q(x_t | x_(t-1)) q(x_(t-1) | x_0): the product of two Gaussians."""
+    x_0, x_t, t = 0.7, -1.3, torch.arange(1, 1000)
+    mean, variance, log_variance = GaussianDiffusion().q_posterior_mean_variance(
+        full(x_0, 999, 1, 1, 1), full(x_t, 999, 1, 1, 1), t)
+    for k in range(1, 1000):
+        likelihood = (1 - BETAS[k]) / BETAS[k]                                    # precision, of mean x_t / sqrt(alpha)
+        prior = 1 / (1 - ALPHA_BAR[k - 1])                                        # precision, of mean sqrt(alpha_bar) x_0
+        v = 1 / (likelihood + prior)
+        m = v * (likelihood * x_t / math.sqrt(1 - BETAS[k]) + prior * math.sqrt(ALPHA_BAR[k - 1]) * x_0)
+        assert mean[k - 1].item() == pytest.approx(m, rel=2e-6)
+        assert variance[k - 1].item() == pytest.approx(v, rel=2e-6)
+        assert log_variance[k - 1].item() == pytest.approx(math.log(v), rel=2e-6)
+
+
+def test_posterior_at_t0_is_x0_with_the_log_variance_of_t1():
+    diffusion, x, zero = GaussianDiffusion(), torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
+    mean, variance, log_variance = diffusion.q_posterior_mean_variance(x, torch.randn_like(x), zero)
+    assert torch.allclose(mean, x) and (variance == 0).all()
+    assert torch.equal(log_variance, diffusion.q_posterior_mean_variance(x, x, zero + 1)[2])
+
+
+def test_learned_variance_spans_the_posterior_variance_to_beta():
+    """v = -1 is the posterior's variance, v = 1 is beta, v = 0 their geometric mean; all finite at t = 0."""
+    diffusion, t = GaussianDiffusion(), torch.arange(1000)
+    x = torch.zeros(1000, 1, 1, 1)
+    low, middle, high = (diffusion.p_mean_variance(torch.cat([x, x + v], 1), x, t)["variance"].flatten().tolist()
+                         for v in (-1.0, 0.0, 1.0))
+    smallest = [BETAS[k] * (1 - ALPHA_BAR[k - 1]) / (1 - ALPHA_BAR[k]) for k in range(1, 1000)]
+    smallest = smallest[:1] + smallest                                            # t = 0 takes the value of t = 1
+    assert low == pytest.approx(smallest, rel=1e-5) and high == pytest.approx(BETAS, rel=1e-5)
+    assert middle == pytest.approx([math.sqrt(a * b) for a, b in zip(smallest, BETAS, strict=True)], rel=1e-5)
+
+
+def test_without_learned_variance_it_is_beta():
+    x = torch.zeros(1000, 1, 1, 1)
+    out = GaussianDiffusion().p_mean_variance(x, x, torch.arange(1000))
+    assert out["variance"].flatten().tolist() == pytest.approx(BETAS, rel=1e-5)
+    assert out["log_variance"].flatten().tolist() == pytest.approx([math.log(b) for b in BETAS], rel=1e-6)
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_true_noise_predicts_the_true_x0_and_mean(t):
+    diffusion, t = GaussianDiffusion(), torch.full((4,), t)
+    x_0, noise = torch.rand(4, 3, 8, 8, dtype=torch.float64) * 2 - 1, torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    x_t = diffusion.q_sample(x_0, t, noise)
+    out = diffusion.p_mean_variance(torch.cat([noise, noise], 1), x_t, t)
+    torch.testing.assert_close(out["pred_xstart"], x_0, rtol=0, atol=1e-4)        # at t = 999 errors grow by 157
+    torch.testing.assert_close(out["mean"], diffusion.q_posterior_mean_variance(x_0, x_t, t)[0], rtol=0, atol=1e-5)
+
+
+def test_clip_denoised_holds_x0_and_the_mean_made_of_it():
+    diffusion, t = GaussianDiffusion(), torch.tensor([300, 300])
+    x_t, output = torch.randn(2, 3, 8, 8), torch.randn(2, 6, 8, 8)
+    free, clipped = (diffusion.p_mean_variance(output, x_t, t, clip_denoised=c) for c in (False, True))
+    assert free["pred_xstart"].abs().max() > 1.5
+    assert torch.equal(clipped["pred_xstart"], free["pred_xstart"].clamp(-1, 1))
+    assert torch.equal(clipped["mean"], diffusion.q_posterior_mean_variance(clipped["pred_xstart"], x_t, t)[0])
+
+
+def test_normal_kl_is_torch_distributions():
+    mean1, logvar1, mean2, logvar2 = torch.randn(4, 50, dtype=torch.float64)
+    expected = kl_divergence(Normal(mean1, (logvar1 / 2).exp()), Normal(mean2, (logvar2 / 2).exp()))
+    torch.testing.assert_close(dit.normal_kl(mean1, logvar1, mean2, logvar2), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mean,std", [(0.0, 0.01), (0.3, 0.1), (-1.2, 0.5), (0.99, 0.004)])
+def test_discretized_likelihood_sums_to_one_and_is_the_mass_of_each_bin(mean, std):
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    p = dit.discretized_gaussian_log_likelihood(levels, full(mean, 256), full(math.log(std), 256)).exp()
+    edges = Normal(full(mean, 1), full(std, 1)).cdf(torch.arange(255, dtype=torch.float64) / 127.5 - 1 + 1 / 255)
+    expected = torch.cat([edges, edges.new_ones(1)]) - torch.cat([edges.new_zeros(1), edges])
+    assert p.sum().item() == pytest.approx(1, abs=1e-9)
+    torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-11)                # an empty bin is given 1e-12
+
+
+def test_gradients_of_vb_reach_the_variance_alone_and_those_of_mse_the_mean_alone():
+    output = torch.randn(4, 6, 8, 8, requires_grad=True)
+    for t in (0, 700):
+        losses = GaussianDiffusion().training_losses(lambda x, t: output, torch.rand(4, 3, 8, 8), torch.full((4,), t))
+        grad_vb, = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
+        grad_mse, = torch.autograd.grad(losses["mse"].sum(), output)
+        assert (grad_vb[:, :3] == 0).all() and (grad_vb[:, 3:] != 0).any()
+        assert (grad_mse[:, 3:] == 0).all() and (grad_mse[:, :3] != 0).any()
+
+
+def loss_by_hand(t, x_0, noise, eps, v, clip=False):
+    """(mse, vb) of one image, from the definitions alone: Bayes' posterior, torch's KL and CDF, bits per dimension."""
+    a, a_prev, b = ALPHA_BAR[t], ALPHA_BAR[t - 1] if t else 1.0, BETAS[t]
+    x_t = math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
+    smallest = BETAS[max(t, 1)] * (1 - ALPHA_BAR[max(t, 1) - 1]) / (1 - ALPHA_BAR[max(t, 1)])
+    log_variance = (v + 1) / 2 * math.log(b) + (1 - v) / 2 * math.log(smallest)
+    guess = (x_t - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    guess = guess.clamp(-1, 1) if clip else guess
+
+    def mean(x):
+        return (b * math.sqrt(a_prev) * x + (1 - a_prev) * math.sqrt(1 - b) * x_t) / (1 - a)
+    p = Normal(mean(guess), (log_variance / 2).exp())
+    if t:
+        vb = kl_divergence(Normal(mean(x_0), math.sqrt(smallest)), p)
+    else:
+        upper = torch.where(x_0 > 0.999, 1.0, p.cdf(x_0 + 1 / 255))
+        vb = -torch.log(upper - torch.where(x_0 < -0.999, 0.0, p.cdf(x_0 - 1 / 255)))
+    return ((noise - eps) ** 2).mean().item(), vb.mean().item() / LN2
+
+
+def test_training_loss_is_mse_plus_vb_of_the_drawn_timestep():
+    """loss = L_simple + the variational term in bits/dim with weight 1, each checked against its definition."""
+    t = torch.tensor([0, 0, 1, 400, 999])
+    x_0 = (torch.randint(0, 256, (5, 3, 8, 8)) / 127.5 - 1).double()
+    x_0[0, :, :4] = 1.0                                                           # the open outermost bins
+    x_0[1, :, :4] = -1.0
+    noise = torch.randn_like(x_0)
+    output = torch.cat([noise + 0.1 * torch.randn_like(x_0), torch.rand_like(x_0) * 2 - 1], 1)
+    losses = GaussianDiffusion().training_losses(lambda x, t: output, x_0, t, noise)
+    for k in range(5):
+        mse, vb = loss_by_hand(t[k].item(), x_0[k], noise[k], *output[k].chunk(2))
+        assert losses["mse"][k].item() == pytest.approx(mse, rel=1e-6)
+        assert losses["vb"][k].item() == pytest.approx(vb, rel=1e-4)
+        assert losses["loss"][k].item() == pytest.approx(mse + vb, rel=1e-4)
+
+
+def test_training_loss_without_learned_variance_is_mse():
+    x, noise = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    losses = GaussianDiffusion().training_losses(lambda x, t: torch.zeros_like(x), x, torch.tensor([0, 9]), noise)
+    assert torch.equal(losses["loss"], losses["mse"]) and (losses["vb"] == 0).all()
+    torch.testing.assert_close(losses["mse"], (noise ** 2).mean(dim=(1, 2, 3)))
+
+
+def test_bits_per_dim_is_the_sum_of_all_terms():
+    """Column t is timestep t, from the definition; the prior is KL(q(x_T | x_0) || N(0, 1)); total is their sum."""
+    x_0 = (torch.randint(0, 256, (2, 3, 4, 4)) / 127.5 - 1).double()
+    noises, seen = [], []
+
+    def randn(x):
+        noises.append(torch.randn_like(x))
+        return noises[-1]
+
+    def model(x_t, t):
+        seen.append(t[0].item())
+        return torch.cat([0.9 * noises[-1], torch.full_like(x_t, 0.3)], 1)
+    out = GaussianDiffusion().bits_per_dim(model, x_0, randn=randn)
+    assert seen == list(range(999, -1, -1)) and out["vb"].shape == out["mse"].shape == (2, 1000)
+    for t in (0, 1, 500, 999):
+        noise = noises[999 - t]
+        for k in range(2):
+            mse, vb = loss_by_hand(t, x_0[k], noise[k], 0.9 * noise[k], full(0.3, 3, 4, 4), clip=True)
+            assert out["vb"][k, t].item() == pytest.approx(vb, rel=1e-4)
+            assert out["mse"][k, t].item() == pytest.approx(mse, rel=1e-6)
+    prior = kl_divergence(Normal(math.sqrt(ALPHA_BAR[999]) * x_0, math.sqrt(1 - ALPHA_BAR[999])), Normal(0.0, 1.0))
+    torch.testing.assert_close(out["prior"], prior.mean(dim=(1, 2, 3)) / LN2, rtol=1e-2, atol=1e-8)   # 1e-5 in float32
+    torch.testing.assert_close(out["total"], out["prior"] + out["vb"].sum(1))
+
+
+def test_space_timesteps_is_adms():
+    """ADM's rule by its definition, for every length; the paper's 250 steps by name; the first and last always there."""
+    for n in range(2, 1001):
+        expected, position = [], 0.0
+        for _ in range(n):
+            expected.append(round(position))
+            position += 999 / (n - 1)
+        assert space_timesteps(1000, n) == expected and expected[0] == 0 and expected[-1] == 999
+    steps = space_timesteps(1000, 250)
+    assert steps[:5] == [0, 4, 8, 12, 16] and steps[-3:] == [991, 995, 999] and len(set(steps)) == 250
+    assert space_timesteps(1000, 1) == [999]
+    for n in (0, 1001):
+        with pytest.raises(ValueError, match="1 to 1000"):
+            space_timesteps(1000, n)
+
+
+def test_respacing_keeps_alphas_cumprod_and_recomputes_betas():
+    diffusion = GaussianDiffusion().respaced(50)
+    kept = space_timesteps(1000, 50)
+    assert diffusion.timestep_map.tolist() == kept and diffusion.num_timesteps == 50
+    assert diffusion.alphas_cumprod.tolist() == pytest.approx([ALPHA_BAR[t] for t in kept], rel=1e-6)
+    previous = [1.0] + [ALPHA_BAR[t] for t in kept[:-1]]
+    assert diffusion.betas.tolist() == pytest.approx(
+        [1 - ALPHA_BAR[t] / a for t, a in zip(kept, previous, strict=True)], rel=1e-5)
+    assert diffusion.respaced(5).timestep_map.tolist() == [kept[i] for i in space_timesteps(50, 5)]
+    assert torch.isfinite(GaussianDiffusion().respaced(1).posterior_log_variance_clipped).all()
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_samplers_tell_the_model_the_original_timesteps_in_descending_order(loop):
+    seen, steps, wrapped, draws = [], [], [], []
+
+    def model(x, t, y):
+        assert t.shape == (2,) and t.dtype == torch.long and (t == t[0]).all() and y == "label"
+        seen.append(t[0].item())
+        return torch.zeros(2, 6, 4, 4)
+
+    def randn(x):
+        draws.append(x.shape)
+        return torch.randn_like(x)
+
+    def progress(iterable):
+        for i in iterable:
+            wrapped.append(i)
+            yield i
+    start = torch.randn(2, 3, 4, 4)
+    getattr(GaussianDiffusion().respaced(10), loop)(
+        model, start, randn=randn, progress=progress, y="label", on_step=lambda i, x_t, pred: steps.append((i, x_t, pred)))
+    assert seen == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0] == space_timesteps(1000, 10)[::-1]
+    assert [i for i, _, _ in steps] == wrapped == list(range(9, -1, -1)) and draws == [(2, 3, 4, 4)] * 10
+    assert torch.equal(steps[0][1], start)                                        # x_t is the state before the step
+    torch.testing.assert_close(steps[0][2], start / math.sqrt(ALPHA_BAR[999]))    # and the x_0 guessed from it, eps = 0
+
+
+@pytest.mark.parametrize("loop,eta", [("p_sample_loop", None), ("ddim_sample_loop", 1.0)])
+def test_noise_is_added_at_every_step_but_the_last(loop, eta):
+    def sampled(noisy_call):
+        calls = []
+
+        def randn(x):
+            calls.append(0)
+            return torch.ones_like(x) if len(calls) - 1 == noisy_call else torch.zeros_like(x)
+        options = {} if eta is None else {"eta": eta}
+        return getattr(GaussianDiffusion().respaced(4), loop)(
+            lambda x, t: torch.cat([x, x], 1) * 0.5, torch.ones(1, 3, 2, 2), randn=randn, **options)
+    quiet = sampled(None)
+    assert [torch.equal(sampled(call), quiet) for call in range(4)] == [False, False, False, True]
+
+
+class GaussianData:
+    """The exact denoiser of data N(m, s^2): E[eps | x_t], and the v for which the reverse step's variance is exact."""
+    m, s = 0.6, 0.3
+
+    def __init__(self, kept):
+        bars = [ALPHA_BAR[t] for t in kept]
+        self.steps = dict(zip(kept, zip(bars, [1.0] + bars[:-1], strict=True), strict=True))
+
+    def __call__(self, x, t):
+        a, a_prev = self.steps[t[0].item()]
+        variance = a * self.s ** 2 + 1 - a                                        # of x_t
+        eps = math.sqrt(1 - a) * (x - math.sqrt(a) * self.m) / variance
+        beta = 1 - a / a_prev
+        if a_prev == 1.0:
+            return torch.cat([eps, torch.zeros_like(x)], 1)
+        smallest = beta * (1 - a_prev) / (1 - a)
+        exact = 1 / ((1 - beta) / beta + 1 / (a_prev * self.s ** 2 + 1 - a_prev))    # of x_(t-1) given x_t: Bayes
+        v = 2 * math.log(exact / smallest) / math.log(beta / smallest) - 1
+        assert -1 <= v <= 1                                                       # the interpolation can express it
+        return torch.cat([eps, torch.full_like(x, v)], 1)
+
+
+@pytest.mark.parametrize("loop,steps", [("p_sample_loop", 1000), ("p_sample_loop", 50), ("ddim_sample_loop", 1000)])
+def test_exact_denoiser_gives_the_data_back(loop, steps):
+    """Samples have the data's mean and variance, without sampling error: with this denoiser the loop is affine in x_T and
+    in each step's noise, so one run with a unit impulse in each of them, row by row, gives the exact moments."""
+    model, calls = GaussianData(space_timesteps(1000, steps)), []
+
+    def impulse(x):                                                               # row 2 + k has noise in call k alone
+        calls.append(0)
+        return (torch.arange(len(x)) == 1 + len(calls)).to(x)[:, None, None, None]
+    start = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)
+    start[1] = 1.0                                                                # row 1: a unit of x_T, row 0: nothing
+    x = getattr(GaussianDiffusion().respaced(steps), loop)(model, start, randn=impulse).flatten()
+    variance = ((x[1:] - x[0]) ** 2).sum().item()
+    if loop == "p_sample_loop":                                                   # the last step adds no noise, so that
+        variance += 1 / (1 / model.s ** 2 + ALPHA_BAR[0] / (1 - ALPHA_BAR[0]))    # Var[x_0 | x_1] is missing: exact
+    tolerance = 1e-4 if loop == "p_sample_loop" else 1e-2                         # DDIM: an ODE in 1000 Euler steps
+    assert x[0].item() == pytest.approx(model.m, rel=3e-3)                        # x_T keeps 0.6 % of m: the paper's schedule
+    assert variance == pytest.approx(model.s ** 2, rel=tolerance)
+
+
+def test_ddpm_step_is_diffusers():
+    """Each of 20 steps against diffusers' DDPMScheduler, same noise: learned range, even ("linspace") spacing."""
+    from diffusers import DDPMScheduler
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, variance_type="learned_range", clip_sample=False,
+                              timestep_spacing="linspace")
+    scheduler.set_timesteps(20)
+    diffusion, states = GaussianDiffusion().respaced(20), []
+    assert scheduler.timesteps.tolist() == diffusion.timestep_map.tolist()[::-1]
+
+    def model(x, t):
+        return torch.cat([torch.tanh(x * (1 + t[0] / 1000)), torch.sin(x)], 1)
+    last = diffusion.p_sample_loop(model, torch.randn(2, 3, 4, 4), on_step=lambda i, x_t, pred: states.append(x_t),
+                                   randn=lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(5)))
+    for t, x_t, x_prev in zip(scheduler.timesteps, states, states[1:] + [last], strict=True):
+        step = scheduler.step(model(x_t, t[None]), t, x_t, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(x_prev, step.prev_sample, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip,eta", [(False, 0.0), (True, 0.0), (False, 1.0), (True, 0.5)])
+def test_ddim_step_is_diffusers(clip, eta):
+    """Against DDIMScheduler at 1,000 steps, where its spacing and ours are the same; also the step to x_0."""
+    from diffusers import DDIMScheduler
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=clip, set_alpha_to_one=True)
+    scheduler.set_timesteps(1000)
+    states, noise = {}, torch.randn(2, 3, 4, 4)
+
+    def model(x, t):
+        return torch.cat([torch.tanh(x * (1 + t[0] / 1000)), x], 1)
+    states[-1] = GaussianDiffusion().ddim_sample_loop(
+        model, torch.randn(2, 3, 4, 4), eta=eta, clip_denoised=clip, randn=lambda x: noise,
+        on_step=lambda i, x_t, pred: states.update({i: x_t}))
+    for t in (999, 998, 500, 3, 1, 0):
+        step = scheduler.step(model(states[t], torch.tensor([t]))[:, :3], t, states[t], eta=eta,
+                              use_clipped_model_output=True, variance_noise=noise)
+        torch.testing.assert_close(states[t - 1], step.prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_to_moves_a_copy():
+    diffusion = GaussianDiffusion()
+    moved = diffusion.to("meta")
+    assert moved.betas.is_meta and moved.timestep_map.is_meta and not diffusion.betas.is_meta
+    assert diffusion.betas.dtype == torch.float32 and diffusion.respaced(10).betas.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sec. 3.2  Tokens and conditions
+
+
+def patches(x, p):
+    """(C, H, W) -> a list of patches, row by row, each a list of (row, column, values of the C channels)."""
+    C, H, W = x.shape
+    return [[(i, j, x[:, r * p + i, c * p + j]) for i in range(p) for j in range(p)]
+            for r in range(H // p) for c in range(W // p)]
+
+
+def test_patch_embed_is_one_linear_map_of_each_patch():
+    x, embed = torch.randn(2, 3, 6, 6), dit.PatchEmbed(2, 3, 8)
+    tokens = embed(x)
+    assert tokens.shape == (2, 9, 8)
+    for n in range(2):
+        for k, patch in enumerate(patches(x[n], 2)):
+            expected = embed.proj.bias + sum(embed.proj.weight[:, :, i, j] @ values for i, j, values in patch)
+            torch.testing.assert_close(tokens[n, k], expected)
+
+
+def test_unpatchify_undoes_patchify():
+    """Tokens made by a loop, in the order p, p, channel, of images without any symmetry."""
+    model = tiny_dit(input_size=6, patch_size=3)
+    x = torch.arange(2 * 6 * 6 * 6.0).view(2, 6, 6, 6)                            # 6 channels: eps and v
+    tokens = torch.stack([torch.stack([torch.cat([values for _, _, values in patch]) for patch in patches(image, 3)])
+                          for image in x])
+    assert torch.equal(model.unpatchify(tokens), x)
+
+
+def test_pos_embed_is_the_scalar_formula():
+    """Of token (row, column): first half from the column, second from the row; sines, then cosines."""
+    D, side = 24, 5
+    table = dit.get_2d_sincos_pos_embed(D, side)
+    assert table.shape == (25, 24) and table.dtype == torch.float32
+    for row in range(side):
+        for column in range(side):
+            expected = [f(position / 10000 ** (i / (D // 4)))
+                        for position in (column, row) for f in (math.sin, math.cos) for i in range(D // 4)]
+            assert table[row * side + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_timestep_embedding_is_the_scalar_formula():
+    """Cosines, then sines, also of fractional times. (float32 holds the angle 999 to 6e-5.)"""
+    for t in (0, 1, 500.5, 999):
+        expected = [f(t * 10000 ** (-i / 128)) for f in (math.cos, math.sin) for i in range(128)]
+        assert dit.timestep_embedding(torch.tensor([t]), 256)[0].tolist() == pytest.approx(expected, abs=2e-4)
+    distinct = dit.timestep_embedding(torch.tensor([0, 999]), 256)
+    assert ((distinct[0] - distinct[1]).abs() > 1e-2).float().mean() > 0.9        # t is in 0..999, not in 0..1
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16 model"])
+def test_neighbouring_timesteps_differ_in_bfloat16(how):
+    embedder = dit.TimestepEmbedder(64)
+    t = torch.tensor([936, 937])
+    if how == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, embedding = embedder(t), dit.timestep_embedding(t, 256)
+    else:
+        out, embedding = embedder.bfloat16()(t), dit.timestep_embedding(t, 256)
+    assert embedding.dtype == torch.float32 and out.dtype == torch.bfloat16
+    assert (out[0] != out[1]).float().mean() > 0.5
+
+
+def test_dropped_labels_take_the_null_row_and_dropping_depends_on_nothing_else():
+    model, (x, t, y) = tiny_dit(), inputs()
+    embedder, drop = model.y_embedder, torch.tensor([True, False, True])
+    assert embedder.embedding_table.weight.shape[0] == 6
+    expected = [embedder.embedding_table.weight[row] for row in (5, 4, 5)]
+    assert torch.equal(embedder(y, drop), torch.stack(expected))
+    assert torch.equal(model.train()(x, t, y), model.eval()(x, t, y))
+    assert torch.equal(model(x, t, y, drop), model(x, t, torch.tensor([5, 4, 5])))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sec. 3.2  The parts of a block, in naive arithmetic
+
+
+def naive_linear(x, linear):
+    return torch.einsum("...i,oi->...o", x, linear.weight) + linear.bias
+
+
+def naive_norm(x, norm):
+    centered = x - x.mean(-1, keepdim=True)
+    x = centered / torch.sqrt((centered ** 2).mean(-1, keepdim=True) + 1e-6)
+    return x if norm.weight is None else x * norm.weight + norm.bias
+
+
+def naive_attention(q, k, v, heads):
+    """Softmax attention, one image, head and query at a time; (N, T, D), (N, S, D), (N, S, D)."""
+    out, width = torch.empty_like(q), q.shape[-1] // heads
+    for n in range(q.shape[0]):
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            for i in range(q.shape[1]):
+                scores = [(q[n, i, part] @ k[n, j, part]) / math.sqrt(width) for j in range(k.shape[1])]
+                weights = [math.exp(s) for s in scores]
+                out[n, i, part] = sum(w / sum(weights) * v[n, j, part] for j, w in enumerate(weights))
+    return out
+
+
+def naive_self_attention(x, attn, heads=4):
+    q, k, v = naive_linear(x, attn.qkv).chunk(3, dim=-1)
+    return naive_linear(naive_attention(q, k, v, heads), attn.proj)
+
+
+def naive_cross_attention(x, c, attn, heads=4):
+    k, v = naive_linear(c, attn.kv).chunk(2, dim=-1)
+    return naive_linear(naive_attention(naive_linear(x, attn.q), k, v, heads), attn.proj)
+
+
+def naive_mlp(x, mlp):
+    h = naive_linear(x, mlp.fc1)
+    return naive_linear(0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3))), mlp.fc2)
+
+
+def naive_modulation(module, t, y):
+    c = t + y
+    return naive_linear(c / (1 + torch.exp(-c)), module.adaLN_modulation[1])[:, None]
+
+
+def naive_block(name, block, x, t, y):
+    """Figure 3, from the paper's sentences; the order of the regressed parts is the official checkpoints'."""
+    if name in ("in-context", "cross-attention"):
+        x = x + naive_self_attention(naive_norm(x, block.norm1), block.attn)
+        if name == "cross-attention":
+            x = x + naive_cross_attention(naive_norm(x, block.norm_cross), torch.stack([t, y], 1), block.cross_attn)
+        return x + naive_mlp(naive_norm(x, block.norm2), block.mlp)
+    modulation = naive_modulation(block, t, y)
+    if name == "adaln":
+        shift1, scale1, shift2, scale2 = modulation.chunk(4, dim=-1)
+        gate1 = gate2 = 1
+    else:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+    x = x + gate1 * naive_self_attention(naive_norm(x, block.norm1) * (1 + scale1) + shift1, block.attn)
+    return x + gate2 * naive_mlp(naive_norm(x, block.norm2) * (1 + scale2) + shift2, block.mlp)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+@torch.no_grad()
+def test_block_is_its_description(name):
+    """One block of each design against the naive arithmetic above, in float64, from the condition to the tokens."""
+    block = tiny_dit(name).double().blocks[0]
+    x, t, y = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 32), (2, 32), (2, 32)))
+    entered, c = block.condition(x, t, y)
+    if name == "in-context":
+        assert torch.equal(entered, torch.stack([torch.cat([x[n], t[n:n + 1], y[n:n + 1]]) for n in range(2)]))
+    else:
+        assert torch.equal(entered, x)
+    torch.testing.assert_close(block(entered, c), naive_block(name, block, entered, t, y), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+@torch.no_grad()
+def test_model_is_embed_blocks_decode(name):
+    """The whole forward pass from parts: conv and positions, embedders, naive blocks, the two tokens off, decoder."""
+    model, (x, t, y) = tiny_dit(name).double(), inputs()
+    x = x.double()
+    tokens = naive_linear(F.unfold(x, 2, stride=2).transpose(1, 2), type("", (), dict(
+        weight=model.x_embedder.proj.weight.flatten(1), bias=model.x_embedder.proj.bias))) + model.pos_embed
+    h = naive_linear(dit.timestep_embedding(t, 256).double(), model.t_embedder.mlp[0])
+    t_emb = naive_linear(h / (1 + torch.exp(-h)), model.t_embedder.mlp[2])
+    y_emb = model.y_embedder.embedding_table.weight[y]
+    if name == "in-context":
+        tokens = torch.cat([tokens, t_emb[:, None], y_emb[:, None]], 1)
+    for block in model.blocks:
+        tokens = naive_block(name, block, tokens, t_emb, y_emb)
+    tokens = naive_norm(tokens[:, :16], model.final_layer.norm_final)
+    if name.startswith("adaln"):
+        shift, scale = naive_modulation(model.final_layer, t_emb, y_emb).chunk(2, dim=-1)
+        tokens = tokens * (1 + scale) + shift
+    expected = model.unpatchify(naive_linear(tokens, model.final_layer.linear))
+    torch.testing.assert_close(model(x, t, y), expected, rtol=1e-9, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sec. 3.2  The model
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_output_is_zero_at_init(name):
+    assert (tiny_dit(name, randomize=False)(*inputs()) == 0).all()
+
+
+def test_adaln_zero_blocks_are_the_identity_at_init_and_only_they():
+    for name in DESIGNS:
+        model = tiny_dit(name, randomize=False)
+        x, c = model.blocks[0].condition(torch.randn(2, 16, 32), torch.randn(2, 32), torch.randn(2, 32))
+        assert all(torch.equal(block(x, c), x) for block in model.blocks) == (name == "adaln-zero")
+
+
+def test_weights_are_initialized_as_documented():
+    model = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=256, depth=2, num_heads=4, num_classes=100)
+    for name, p in model.named_parameters():
+        if "y_embedder" in name or "t_embedder" in name and name.endswith("weight"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        elif name.endswith("bias") or "adaLN" in name or "final_layer.linear" in name:
+            assert (p == 0).all(), name
+        else:
+            bound = math.sqrt(6 / (p.shape[0] + p[0].numel()))                    # Xavier uniform, the conv as a linear map
+            assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05) and p.abs().max() <= bound, name
+    modulation = tiny_dit("adaln", randomize=False).blocks[0].adaLN_modulation[1].weight
+    assert modulation.std().item() == pytest.approx(math.sqrt(2 / (32 + 128)), rel=0.1)
+
+
+def test_zero_init_learns():
+    """At the first step only the last layer has a gradient; at the second its neighbours; then everything."""
+    model, opt_lr = tiny_dit(randomize=False), 0.1
+    learning = []
+    for _ in range(3):
+        loss = GaussianDiffusion().training_losses(model, *inputs()[:2], y=torch.tensor([0, 4, 5]))["loss"].mean()
+        grads = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        learning.append({name for name, grad in grads.items() if grad.abs().max() > 0})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= opt_lr * grads[name]
+    assert learning[0] == {"final_layer.linear.weight", "final_layer.linear.bias"}
+    assert {"x_embedder.proj.weight", "final_layer.adaLN_modulation.1.bias", "blocks.0.adaLN_modulation.1.weight"} <= learning[1]
+    assert "blocks.0.attn.qkv.weight" not in learning[1] and learning[2] == set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_conditions_reach_the_output_and_positions_matter(name):
+    model, (x, t, y) = tiny_dit(name), inputs()
+    out = model(x, t, y)
+    assert out.shape == (3, 6, 8, 8)
+    assert not torch.allclose(out, model(x, t + 1, y), atol=1e-5)
+    assert not torch.allclose(out, model(x, t, (y + 1) % 5), atol=1e-4)
+    assert not torch.allclose(out.roll(2, 2), model(x.roll(2, 2), t, y), atol=1e-3)
+    model.pos_embed.zero_()                                                       # without positions: a set of patches
+    torch.testing.assert_close(model(x, t, y).roll(2, 2), model(x.roll(2, 2), t, y), rtol=1e-4, atol=1e-4)
+
+
+PAPER = {  # Table 4: Gflops (multiply-adds, forward), parameters in millions
+    "DiT-S/8": (0.36, 33), "DiT-S/4": (1.41, 33), "DiT-S/2": (6.06, 33), "DiT-B/8": (1.42, 131), "DiT-B/4": (5.56, 130),
+    "DiT-B/2": (23.01, 130), "DiT-L/8": (5.01, 459), "DiT-L/4": (19.70, 458), "DiT-L/2": (80.71, 458),
+    "DiT-XL/8": (7.39, 676), "DiT-XL/4": (29.05, 675)}
+PAPER_XL2 = {"in-context": (119.37, 449), "cross-attention": (137.62, 598), "adaln": (118.56, 600), "adaln-zero": (118.64, 675)}
+
+
+def gflops_and_params(model_name, side=32, **kwargs):
+    with torch.device("meta"):
+        model = DiT_models[model_name](input_size=side, **kwargs)
+        x, label = torch.empty(1, 4, side, side), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(x, label, label)
+    return counter.get_total_flops() / 2e9, sum(p.numel() for p in model.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_sizes_are_table_4(name):
+    """To the printed two decimals, +-0.01: the paper counts some elementwise products that torch's counter does not."""
+    gflops, params = gflops_and_params(name)
+    assert round(gflops, 2) == pytest.approx(PAPER[name][0], abs=0.0101) and round(params) == PAPER[name][1]
+
+
+@pytest.mark.parametrize("block", DESIGNS)
+def test_designs_are_table_4(block):
+    gflops, params = gflops_and_params("DiT-XL/2", block=block)
+    assert gflops == pytest.approx(PAPER_XL2[block][0], rel=2e-4) and round(params) == PAPER_XL2[block][1]
+
+
+def test_xl2_at_512_is_table_4():
+    assert gflops_and_params("DiT-XL/2", side=64)[0] == pytest.approx(524.60, rel=2e-4)
+
+
+def test_names_and_shapes_are_the_official_checkpoints():
+    """The 292 tensors of DiT-XL-2-256x256.pt, written out from its layout."""
+    D = 1152
+    expected = {
+        "pos_embed": (1, 256, D), "x_embedder.proj.weight": (D, 4, 2, 2), "x_embedder.proj.bias": (D,),
+        "t_embedder.mlp.0.weight": (D, 256), "t_embedder.mlp.0.bias": (D,),
+        "t_embedder.mlp.2.weight": (D, D), "t_embedder.mlp.2.bias": (D,),
+        "y_embedder.embedding_table.weight": (1001, D),
+        "final_layer.linear.weight": (32, D), "final_layer.linear.bias": (32,),
+        "final_layer.adaLN_modulation.1.weight": (2 * D, D), "final_layer.adaLN_modulation.1.bias": (2 * D,)}
+    for i in range(28):
+        for name, rows, columns in [("attn.qkv", 3 * D, D), ("attn.proj", D, D), ("mlp.fc1", 4 * D, D),
+                                    ("mlp.fc2", D, 4 * D), ("adaLN_modulation.1", 6 * D, D)]:
+            expected |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+    with torch.device("meta"):
+        state = DiT_models["DiT-XL/2"]().state_dict()
+    assert len(expected) == 292 and {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
+
+
+def test_pos_embed_is_a_buffer_that_training_cannot_move():
+    model = tiny_dit()
+    assert "pos_embed" in model.state_dict() and "pos_embed" not in dict(model.named_parameters())
+
+
+def test_diffusers_computes_the_same_from_the_same_weights():
+    """DiTTransformer2DModel, key by key, to 1e-5; its time embedding divides by 127 for the paper's 128, which is mended."""
+    from diffusers import DiTTransformer2DModel
+    theirs = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+                                   sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6).eval()
+    ours = tiny_dit(in_channels=4, num_classes=10).eval()
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    weights = ours.state_dict()
+    for kind in ("weight", "bias"):
+        renamed = {f"pos_embed.proj.{kind}": f"x_embedder.proj.{kind}",
+                   f"proj_out_1.{kind}": f"final_layer.adaLN_modulation.1.{kind}", f"proj_out_2.{kind}": f"final_layer.linear.{kind}"}
+        for i in range(2):
+            to, of = f"transformer_blocks.{i}.", f"blocks.{i}."
+            for their_name, our_name in [("norm1.linear", "adaLN_modulation.1"), ("attn1.to_out.0", "attn.proj"),
+                                         ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")]:
+                renamed[f"{to}{their_name}.{kind}"] = f"{of}{our_name}.{kind}"
+            renamed[f"{to}norm1.emb.timestep_embedder.linear_1.{kind}"] = f"t_embedder.mlp.0.{kind}"
+            renamed[f"{to}norm1.emb.timestep_embedder.linear_2.{kind}"] = f"t_embedder.mlp.2.{kind}"
+            renamed[f"{to}norm1.emb.class_embedder.embedding_table.weight"] = "y_embedder.embedding_table.weight"
+            for k, part in enumerate("qkv"):
+                weights[f"{of}{part}.{kind}"] = weights[f"{of}attn.qkv.{kind}"].chunk(3)[k]
+                renamed[f"{to}attn1.to_{part}.{kind}"] = f"{of}{part}.{kind}"
+        missing, unexpected = theirs.load_state_dict({a: weights[b] for a, b in renamed.items()}, strict=False)
+        assert not unexpected
+    x, t, y = inputs(channels=4)
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+        torch.testing.assert_close(ours(x, t, y), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_guidance_of_1_is_conditional_and_costs_one_pass_and_0_is_unconditional():
+    model, (x, t, y) = tiny_dit(), inputs()
+    sizes = []
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    assert torch.equal(model.forward_with_cfg(x, t, y, 1.0), model(x, t, y)) and sizes == [3, 3]
+    null = torch.full_like(y, 5)
+    torch.testing.assert_close(model.forward_with_cfg(x, t, y, 0.0)[:, :3], model(x, t, null)[:, :3])
+
+
+@pytest.mark.parametrize("cfg_channels,guided", [(None, 4), (3, 3)])
+def test_guidance_extrapolates_eps_and_leaves_the_rest_conditional(cfg_channels, guided):
+    model, (x, t, y) = tiny_dit(in_channels=4), inputs(channels=4)
+    cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, 5))
+    out = model.forward_with_cfg(x, t, y, 4.0, cfg_channels)
+    for channel in range(8):
+        expected = uncond[:, channel] + 4 * (cond - uncond)[:, channel] if channel < guided else cond[:, channel]
+        torch.testing.assert_close(out[:, channel], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learn_sigma_false_predicts_eps_alone_from_loss_to_sample():
+    model, (x, t, y) = tiny_dit(learn_sigma=False), inputs()
+    assert model(x, t, y).shape == x.shape
+    assert (GaussianDiffusion().training_losses(model, x, t, y=y)["vb"] == 0).all()
+    assert GaussianDiffusion().respaced(3).p_sample_loop(model, x, y=y).shape == x.shape
+
+
+@pytest.mark.parametrize("kwargs,message", [
+    (dict(block="adaln-one"), "adaln-zero"), (dict(input_size=9), "9 is not divisible by the patch size 2"),
+    (dict(hidden_size=30), "30 is not divisible by 4 heads")])
+def test_sizes_that_do_not_fit_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DiT(**(dict(input_size=8, patch_size=2, hidden_size=32, depth=1, num_heads=4) | kwargs))
+
+
+def test_dit_imports_torch_numpy_and_the_standard_library_only():
+    modules = {name.split(".")[0] for node in ast.walk(ast.parse((HERE / "dit.py").read_text()))
+               if isinstance(node, ast.Import | ast.ImportFrom)
+               for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])}
+    assert modules - set(sys.stdlib_module_names) == {"torch", "numpy"}
+
+
+def test_bf16_autocast_stays_near_float32():
+    """The loss of a bf16 network within 1e-2, computed in float32 outside it."""
+    model, (x, t, y) = tiny_dit(), inputs()
+    for p in model.parameters():
+        p.data.mul_(0.5)
+    noise = torch.randn_like(x)
+    exact = GaussianDiffusion().training_losses(model, x, t, noise, y=y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = GaussianDiffusion().training_losses(model, x, t, noise, y=y)
+    assert rough["loss"].dtype == torch.float32
+    torch.testing.assert_close(rough["mse"], exact["mse"], rtol=1e-2, atol=1e-2)

@@ -1,0 +1,498 @@
+"""Train a DiT.
+
+    python train.py                                             # the built-in set of shapes: minutes on a laptop's CPU
+    python train.py --preset cifar10                            # CIFAR-10, downloaded by torchvision
+    python train.py --preset cifar10 --data FOLDER              # your pictures: one folder a class (ImageFolder's layout)
+    python train.py --preset cifar10 --block in-context         # another of the paper's four designs
+    python train.py --resume runs/shapes                        # go on where a run stopped
+
+A run's folder, runs/PRESET or --out, receives ckpt.pt, log.csv (step, loss, mse, vb, grad_norm, images_per_sec),
+config.json and samples/*.png. Look at the pictures with sample.py.
+
+Everything random in training is a function of (seed, step, example). A resumed run is therefore the same run, and a
+checkpoint needs no random state.
+"""
+import argparse
+import colorsys
+import copy
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from dit import DESIGNS, DiT, DiT_models, GaussianDiffusion
+from sample import (Parser, UserError, grid_image, load_checkpoint, parse_classes, pick_device, run, sample_images, to_uint8)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: every field of Config is a flag
+
+
+def opt(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Config:
+    # what to learn from
+    preset: str = opt("shapes", "the settings to start from; every other flag changes one of them")
+    data: str = opt("shapes", "shapes (built in), cifar10 (torchvision's), or a folder with one folder of images a class")
+    image_size: int = opt(16, "side of the square images in pixels; others are scaled and cropped to it")
+    flip: bool = opt(True, "mirror half of the images (the paper's only augmentation)")
+    cache: str = opt("runs/cache", "folder for prepared images")
+    # the model (Table 1)
+    model: str = opt("", "DiT-S/2 .. DiT-XL/8: sets the next four at once")
+    patch_size: int = opt(4, "side p of a patch, in pixels")
+    hidden_size: int = opt(128, "width D")
+    depth: int = opt(4, "number of blocks")
+    num_heads: int = opt(4, "attention heads")
+    block: str = opt("adaln-zero", f"the paper's design: {', '.join(DESIGNS)}")
+    # optimization: the paper's Sec. 4 where a preset says nothing else
+    steps: int = opt(400_000, "optimizer steps of the whole run")
+    batch_size: int = opt(256, "images in one optimizer step, over all processes and --accum parts")
+    accum: int = opt(1, "split each batch into so many parts, one after the other, to save memory")
+    lr: float = opt(1e-4, "learning rate of AdamW (no weight decay)")
+    lr_decay_steps: int = opt(0, "let the rate fall linearly to 0 over so many steps; 0 = constant, as in the paper")
+    beta2: float = opt(0.999, "AdamW's second beta")
+    ema_decay: float = opt(0.9999, "decay of the averaged weights that are sampled from; warms up in short runs")
+    label_drop: float = opt(0.1, "share of labels replaced by the null label, for guidance")
+    seed: int = opt(0, "determines initial weights, order, flips, noise: all that is random")
+    # the machine
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = opt("auto", "auto, fp32, bf16: auto is bf16 where the hardware multiplies in it")
+    compile: bool | None = opt(None, "torch.compile the model; by default on CUDA only")
+    grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    # what to leave behind
+    out: str = opt("", "folder of the run; default runs/PRESET")
+    log_every: int = opt(50, "steps between rows of log.csv; 0 = none")
+    ckpt_every: int = opt(5000, "steps between checkpoints; 0 = the last alone")
+    sample_every: int = opt(5000, "steps between sample grids; 0 = none")
+    cfg_scale: float = opt(4.0, "guidance of the sample grids")
+    resume: str = opt("", "folder of a run to go on with")
+
+
+PRESETS = {
+    # 10 classes of 16x16 colour images, drawn by this file. fp32: its matrices are too small for bf16 to pay on a CPU.
+    "shapes": dict(data="shapes", image_size=16, patch_size=4, hidden_size=128, depth=4, num_heads=4, flip=False,
+                   steps=4600, batch_size=64, lr=4e-3, lr_decay_steps=4600, beta2=0.99, ema_decay=0.999, dtype="fp32",
+                   ckpt_every=1000, sample_every=500),
+    # CIFAR-10 in pixel space with the paper's recipe; DiT-S/4 has the paper's 64 tokens of DiT-S/4 on latents.
+    "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995),
+}
+
+# What --resume lets a flag change: all that does not make it another run.
+MAY_CHANGE = {"steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every", "ckpt_every", "sample_every",
+              "cfg_scale", "cache"}
+
+
+def check(cfg):
+    """UserError for the first setting that cannot be meant."""
+    for name, low in [("steps", 1), ("batch_size", 1), ("accum", 1), ("image_size", 1), ("patch_size", 1), ("hidden_size", 4),
+                      ("depth", 1), ("num_heads", 1), ("seed", 0), ("lr", 0), ("lr_decay_steps", 0), ("log_every", 0),
+                      ("ckpt_every", 0), ("sample_every", 0)]:
+        if not getattr(cfg, name) >= low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be at least {low}")
+    for name in ("beta2", "ema_decay", "label_drop"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be in 0 <= x < 1")
+    if cfg.dtype not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
+    if cfg.batch_size % cfg.accum:
+        raise UserError(f"--batch-size {cfg.batch_size} is not divisible by --accum {cfg.accum}")
+
+
+def parse_args(argv):
+    """Config from the command line: defaults < preset < --model < explicit flags; on --resume, the checkpoint's."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
+    for field in dataclasses.fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, bool | None) else dict(type=field.type)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{field.metadata['help']} (default: {field.default!r})", **kind)
+    flags = vars(parser.parse_args(argv))
+    if "resume" in flags:
+        return resumed_config(flags)
+    preset, chosen = flags.get("preset", "shapes"), {}
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
+    chosen.update(PRESETS[preset])
+    model = flags.get("model", chosen.get("model", ""))
+    if model:
+        if model not in DiT_models:
+            raise UserError(f"no model {model!r}: choose from {', '.join(DiT_models)}")
+        chosen.update(DiT_models[model].keywords)
+    cfg = Config(**{**chosen, **flags})
+    cfg.out = cfg.out or f"runs/{preset}"
+    check(cfg)
+    if (Path(cfg.out) / "ckpt.pt").exists():
+        raise UserError(f"{cfg.out} holds a run already: go on with --resume {cfg.out}, or name another folder by --out")
+    return cfg
+
+
+def resumed_config(flags):
+    """The Config of the run in flags["resume"], with those flags that may change."""
+    folder = flags.pop("resume")
+    config = load_checkpoint(Path(folder) / "ckpt.pt")["config"]
+    different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
+                 if name not in MAY_CHANGE and value != config[name]]
+    if different:
+        raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start a new run by --out")
+    cfg = Config(**{**config, **flags, "out": folder, "resume": folder})
+    check(cfg)
+    return cfg
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: from any source to two arrays, images uint8 (n, 3, I, I) and labels (n,)
+
+
+class Source(NamedTuple):
+    """A data set before its preparation."""
+    identity: list              # all that decides its pixels: the cache's key
+    class_names: list
+    labels: list
+    load: Callable              # i -> uint8 (I, I, 3)
+
+
+SHAPES = {                      # name -> whether (x, y) is inside; y points up, the shape fills [-1, 1]^2
+    "circle":    lambda x, y: np.hypot(x, y) < 0.85,
+    "ring":      lambda x, y: abs(np.hypot(x, y) - 0.7) < 0.22,
+    "moon":      lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y) > 0.8),
+    "heart":     lambda x, y: x ** 2 + (1.1 * y + 0.15 - 0.75 * np.sqrt(abs(x))) ** 2 < 0.72,
+    "star":      lambda x, y: sum(x * np.sin(a) + y * np.cos(a) < 0.34 for a in 2 * np.pi / 5 * np.arange(5)) >= 4,
+    "triangle":  lambda x, y: (y > -0.7) & (y < 0.95 - 1.8 * abs(x)),
+    "square":    lambda x, y: np.maximum(abs(x), abs(y)) < 0.75,
+    "cross":     lambda x, y: (np.minimum(abs(x), abs(y)) < 0.27) & (np.maximum(abs(x), abs(y)) < 0.95),
+    "arrow":     lambda x, y: ((abs(x) < 0.25) & (abs(y) < 0.95)) | ((y > 0) & (abs(x) < 0.95 - y)),
+    "hourglass": lambda x, y: (abs(x) < abs(y) + 0.05) & (abs(y) < 0.85),
+}
+
+
+def draw_shape(i, size):
+    """Image i of the built-in set, uint8 (size, size, 3): shape i % 10 in a random place, size, tilt and two colours."""
+    rng = np.random.default_rng(i)
+    scale = rng.uniform(0.5, 0.9)
+    cx, cy = rng.uniform(-1, 1, size=2) * (1 - scale)
+    tilt = rng.uniform(-0.25, 0.25)
+    hue = rng.random()
+    paper = colorsys.hsv_to_rgb(hue, rng.uniform(0.2, 0.8), rng.uniform(0.15, 0.4))
+    ink = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.2, 0.8), rng.uniform(0.8, 1.0))
+    if rng.random() < 0.5:
+        paper, ink = ink, paper
+    fine = (np.arange(4 * size) + 0.5) / (2 * size) - 1             # each pixel is the mean of 4 x 4 points
+    x, y = np.meshgrid((fine - cx) / scale, (-fine - cy) / scale)
+    x, y = x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)
+    inside = list(SHAPES.values())[i % len(SHAPES)](x, y)
+    cover = inside.reshape(size, 4, size, 4).mean(axis=(1, 3))[..., None]
+    return (255 * (cover * np.array(ink) + (1 - cover) * np.array(paper))).round().astype(np.uint8)
+
+
+def center_crop(image, size):
+    """A PIL image as uint8 (size, size, 3), by ADM's rule: halved by box filters, then bicubic, then its middle."""
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def open_source(cfg):
+    """The Source that --data names; UserError if there is none."""
+    if cfg.data == "shapes":
+        n = 20_000
+        return Source(["shapes", n], list(SHAPES), [i % len(SHAPES) for i in range(n)], lambda i: draw_shape(i, cfg.image_size))
+    import torchvision.datasets                                     # a second of importing that the others need not wait
+    if cfg.data == "cifar10":
+        try:
+            data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot get CIFAR-10 ({error}): name a folder of images by --data") from None
+        return Source(["cifar10"], data.classes, data.targets,
+                      lambda i: center_crop(Image.fromarray(data.data[i]), cfg.image_size))
+    try:
+        samples = torchvision.datasets.ImageFolder(cfg.data)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"no images in --data {cfg.data} ({reason}): it should hold one folder of images a class") from None
+    paths = [path for path, _ in samples.samples]
+
+    def load(i):
+        try:
+            return center_crop(Image.open(paths[i]), cfg.image_size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read the image {paths[i]} ({error}): repair or remove it") from None
+
+    files = [(os.path.relpath(path, cfg.data), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    return Source([os.path.abspath(cfg.data), files], samples.classes, samples.targets, load)
+
+
+def prepare_data(cfg, source):
+    """(images, labels), memory-mapped: made on the first call for this source and size, found again afterwards.
+
+    They are written into a folder of another name, which is renamed when whole.
+    """
+    key = hashlib.sha256(json.dumps([source.identity, cfg.image_size]).encode()).hexdigest()[:16]
+    whole = Path(cfg.cache) / f"{Path(cfg.data).name}-{cfg.image_size}-{key}"
+    if not whole.exists():
+        part = Path(f"{whole}.part-{os.getpid()}")
+        part.mkdir(parents=True)
+        try:
+            shape = (len(source.labels), 3, cfg.image_size, cfg.image_size)
+            images = np.lib.format.open_memmap(part / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:        # decoding lets go of Python's lock
+                loaded = pool.map(source.load, range(len(images)))
+                for i, image in enumerate(tqdm(loaded, total=len(images), desc=f"preparing {cfg.data}", unit="image")):
+                    images[i] = image.transpose(2, 0, 1)
+            images.flush()
+            np.save(part / "labels.npy", np.array(source.labels))
+            os.rename(part, whole)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return np.load(whole / "images.npy", mmap_mode="r"), np.load(whole / "labels.npy")
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def draw_batch(cfg, images, labels, step):
+    """(x, y, t, noise, drop) of a step, the global batch, as CPU tensors: a function of (seed, step) and the data."""
+    def rng(purpose):
+        return np.random.default_rng((cfg.seed, step, purpose))
+
+    position = (step - 1) * cfg.batch_size + np.arange(cfg.batch_size)
+    epoch, place = np.divmod(position, len(labels))
+    index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place.tolist())])
+    flip = (rng(0).random(cfg.batch_size) < 0.5) & cfg.flip
+    x = images[index]
+    x = np.where(flip[:, None, None, None], x[..., ::-1], x)
+    t = rng(1).integers(1000, size=cfg.batch_size)
+    noise = rng(2).standard_normal(x.shape, dtype=np.float32)
+    drop = rng(3).random(cfg.batch_size) < cfg.label_drop
+    return tuple(map(torch.from_numpy, (x, labels[index], t, noise, drop)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices: the only place that knows what the loop runs on
+
+
+class Runtime:
+    """The device, its dtype, and what they ask to be done to a model. One process is rank 0 of 1."""
+
+    def __init__(self, cfg):
+        self.device = pick_device(cfg.device)
+        self.cuda = self.device.type == "cuda"
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
+        self.compile = self.cuda if cfg.compile is None else cfg.compile
+        self.grad_checkpoint = cfg.grad_checkpoint
+        self.stop = False
+
+    def natural_dtype(self):
+        """bfloat16 where the hardware multiplies in it, else float32."""
+        has_bf16 = {"cuda": lambda: torch.cuda.get_device_capability(self.device) >= (8, 0),
+                    "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
+        return torch.bfloat16 if has_bf16.get(self.device.type, lambda: False)() else torch.float32
+
+    def prepare(self, model):
+        """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
+        if self.grad_checkpoint:
+            for block in model.blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        return torch.compile(model) if self.compile else model
+
+    def put(self, tensors):
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def catch_signals(self):
+        """From now on Ctrl-C and SIGTERM set .stop, so that the loop can finish its step and save."""
+        def handler(number, frame):
+            self.stop = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def to_cpu(state):
+    """A state dict with all its tensors on the CPU."""
+    if isinstance(state, dict):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [to_cpu(value) for value in state]
+    return state.detach().cpu() if torch.is_tensor(state) else state
+
+
+def save_checkpoint(path, state):
+    """Atomically: whoever reads `path` finds the old checkpoint or the new one, whole."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+class Log:
+    """log.csv: a row a logged step, numbers exact. Rows after `step`, of a run that was cut off, are cut off too."""
+
+    columns = ["step", "loss", "mse", "vb", "grad_norm", "images_per_sec"]
+
+    def __init__(self, path, step):
+        rows = list(csv.reader(open(path)))[1:] if step and path.exists() else []
+        self.file = open(path, "w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerows([self.columns] + [row for row in rows if int(row[0]) <= step])
+        self.file.flush()
+
+    def row(self, **values):
+        self.writer.writerow([repr(values[column]) for column in self.columns])
+        self.file.flush()
+
+
+def open_run(cfg, step):
+    """The run's folder, ready to write into, and its Log."""
+    out = Path(cfg.out)
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+        return Log(out / "log.csv", step)
+    except OSError as error:
+        raise UserError(f"cannot write into {out} ({error.strerror}): name another folder by --out") from None
+
+
+def save_samples(cfg, ema, class_names, path):
+    """A grid of guided samples, a row a class, the same noise every time."""
+    labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
+    images = sample_images(ema, labels, steps=50, sampler="ddim", cfg_scale=cfg.cfg_scale if cfg.label_drop else 1)
+    grid_image(to_uint8(images), 8).save(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop (Sec. 4, Training)
+
+
+class Diverged(UserError):
+    """The loss is no number any more."""
+    status = 3
+
+
+def train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step):
+    """One optimizer step on the batch, and one of the averaged weights: (loss, mse, vb, grad_norm), still on the device."""
+    totals = 0
+    for part in zip(*(tensor.chunk(cfg.accum) for tensor in batch)):
+        x, y, t, noise, drop = rt.put(part)
+        with rt.autocast():
+            losses = diffusion.training_losses(model, x / 127.5 - 1, t, noise, y=y, drop=drop)
+        means = torch.stack([losses[name].mean() for name in ("loss", "mse", "vb")]) / cfg.accum
+        means[0].backward()
+        totals = totals + means.detach()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in original.parameters()])
+    for group in opt.param_groups:
+        group["lr"] = cfg.lr * max(0.0, 1 - (step - 1) / cfg.lr_decay_steps) if cfg.lr_decay_steps else cfg.lr
+    opt.step()
+    opt.zero_grad()
+    decay = min(cfg.ema_decay, (1 + step) / (10 + step))            # early on, the average forgets the initialisation
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(original.parameters()), None)
+    return torch.cat([totals, grad_norm[None]])
+
+
+def build(cfg, rt, source):
+    """(model_args, model on the CPU), the weights a function of the seed; UserError if its sizes do not fit."""
+    model_args = dict(input_size=cfg.image_size, patch_size=cfg.patch_size, in_channels=3, hidden_size=cfg.hidden_size,
+                      depth=cfg.depth, num_heads=cfg.num_heads, num_classes=len(source.class_names), block=cfg.block)
+    torch.manual_seed(cfg.seed)
+    try:
+        return model_args, DiT(**model_args)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def train(cfg):
+    """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
+    rt, out, source = Runtime(cfg), Path(cfg.out), open_source(cfg)
+    model_args, original = build(cfg, rt, source)
+    images, labels = prepare_data(cfg, source)
+    ema = copy.deepcopy(original).to(rt.device).requires_grad_(False)
+    model = rt.prepare(original.to(rt.device))
+    opt = torch.optim.AdamW(original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
+    diffusion = GaussianDiffusion().to(rt.device)
+    start = 0
+    if cfg.resume:
+        state = load_checkpoint(out / "ckpt.pt")
+        original.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        opt.load_state_dict(state["opt"])
+        start = state["step"]
+    log = open_run(cfg, start)
+    parameters = sum(p.numel() for p in original.parameters())
+    print(f"{cfg.model or 'DiT'} {cfg.block}, {parameters / 1e6:.2f} M parameters; {len(labels)} images, "
+          f"{len(source.class_names)} classes, {cfg.steps * cfg.batch_size / len(labels):.1f} epochs; "
+          f"{rt.device}, {str(rt.dtype).removeprefix('torch.')}; {out}")
+
+    rt.catch_signals()
+    finite = torch.ones((), dtype=torch.bool, device=rt.device)
+    logged, clock = start, time.perf_counter()
+    bar = tqdm(total=cfg.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+    for step in range(start + 1, cfg.steps + 1):
+        numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, draw_batch(cfg, images, labels, step), step)
+        finite &= numbers[0].isfinite()
+        stop = rt.stop
+        log_due, save_due, sample_due = (every > 0 and step % every == 0 or step == cfg.steps and every >= last
+                                         for every, last in [(cfg.log_every, 1), (cfg.ckpt_every, 0), (cfg.sample_every, 1)])
+        if (log_due or save_due or sample_due or stop) and not finite:
+            raise Diverged(f"the loss is not finite at step {step} or up to {cfg.log_every} before: the last checkpoint is "
+                           f"good; take a lower --lr than {cfg.lr:g}")
+        bar.update()
+        if log_due:
+            speed = (step - logged) * cfg.batch_size / (time.perf_counter() - clock)
+            loss, mse, vb, grad_norm = numbers.tolist()
+            log.row(step=step, loss=loss, mse=mse, vb=vb, grad_norm=grad_norm, images_per_sec=speed)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+        if save_due or stop:
+            save_checkpoint(out / "ckpt.pt", to_cpu(dict(
+                model=original.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
+                config=dataclasses.asdict(cfg), model_args=model_args, class_names=source.class_names)))
+        if stop:
+            break
+        if sample_due:
+            save_samples(cfg, ema, source.class_names, out / "samples" / f"{step:06d}.png")
+        if log_due:
+            logged, clock = step, time.perf_counter()               # pictures and checkpoints are not training
+    bar.close()
+    if rt.stop and step < cfg.steps:
+        print(f"stopped and saved at step {step}; go on with: python train.py --resume {out}")
+    else:
+        print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
+              f"  python sample.py {out}/ckpt.pt\n"
+              f"  python sample.py {out}/ckpt.pt --classes {source.class_names[0]} --cfg-scale 1 --gif film.gif")
+
+
+def main(argv):
+    train(parse_args(argv))
+
+
+if __name__ == "__main__":
+    run(main)
