@@ -17,11 +17,10 @@ Read it beside the paper, from the top: every section names the part of the pape
 Notation    N batch, C channels, H = W = I image side, p patch size, T = (I/p)^2 tokens, D width, h heads
             x_0 = x_start (images or latents), eps noise, t timestep in 0..num_timesteps-1, y label, c condition
             beta_t noise variance of one step, alpha_t = 1 - beta_t, alphas_cumprod[t] = alpha_0 ... alpha_t
-Sources     DDPM arXiv 2006.11239, iDDPM 2102.09672, ADM 2105.05233, DDIM 2010.02502, CFG 2207.12598; the paper says of
-            its diffusion only that it is ADM's, so equation numbers in Sec. 3.1 are those of these papers.
-Names       Parameters have the names of the official checkpoints, so that those load unchanged with strict=True.
+Sources     DDPM arXiv 2006.11239, iDDPM 2102.09672, ADM 2105.05233, DDIM 2010.02502, CFG 2207.12598. Of its diffusion
+            the paper says only that it is ADM's, so the equation numbers in Sec. 3.1 are those of these papers.
 
-Where this differs from the paper (P) or the official code (O), and why
+Where this differs from the paper (P) or the official code (O), and why. Parameters have O's names: its weights load.
     blocks       O has adaLN-Zero only; P describes four. What P leaves open is decided at the block that it concerns.
     guidance     O guides 3 of 4 latent channels, which its authors call unintended; here all, or cfg_channels=3.
     null label   O samples with the number 1000; here it is model.num_classes, whatever that is.
@@ -38,14 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.1  Diffusion formulation
-
-
-def mean_flat(x):
-    """(N, ...) -> (N,): the mean over everything but the batch."""
-    return x.mean(dim=list(range(1, x.ndim)))
-
+# Sec. 3.1  Diffusion formulation --------------------------------------------------------------------------------------
 
 def normal_kl(mean1, logvar1, mean2, logvar2):
     """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) in nats, elementwise."""
@@ -66,10 +58,10 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 
 
 def space_timesteps(num_timesteps, num_steps):
-    """The num_steps of the num_timesteps that a shorter sampler visits, ascending: 250 of 1000 is 0, 4, 8, ..., 995, 999.
+    """The timesteps that a sampler of num_steps visits, ascending: 250 of 1000 is 0, 4, 8, ..., 995, 999.
 
     ADM's even spacing from first to last. The stride is summed up, as there: multiplying it out rounds differently.
-    A single step is the last one, which starts from pure noise (ADM takes the first). ValueError outside 1..num_timesteps.
+    One step is the last, which starts from pure noise (ADM takes the first). ValueError if there are not so many.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"cannot take {num_steps} of {num_timesteps} timesteps: choose 1 to {num_timesteps}")
@@ -82,9 +74,9 @@ def space_timesteps(num_timesteps, num_steps):
 class GaussianDiffusion:
     """The diffusion process: noising, its reversal by a network, the loss, and two samplers (Sec. 3.1).
 
-    Images or latents are (N, C, H, W); pixels are in [-1, 1]. Timesteps t are integers (N,) in 0..num_timesteps-1.
-    A `model` is any callable model(x_t, t, **model_kwargs) that returns (N, 2C, H, W): eps, then v for the learned
-    variance; or (N, C, H, W): eps alone, and the variance is beta_t.
+    Images or latents are (N, C, H, W), pixels in [-1, 1]; timesteps t (N,) whole numbers in 0..num_timesteps-1. `model`
+    is any callable model(x_t, t, **model_kwargs) that returns (N, 2C, H, W): eps, then v for the learned variance; or
+    (N, C, H, W): eps alone, and the variance is beta_t.
     """
 
     def __init__(self, num_timesteps=1000, beta_start=1e-4, beta_end=2e-2):
@@ -105,7 +97,6 @@ class GaussianDiffusion:
             sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
             sqrt_alphas_cumprod_prev=np.sqrt(alphas_cumprod_prev),
             sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - alphas_cumprod),
-            log_one_minus_alphas_cumprod=np.log(1.0 - alphas_cumprod),
             sqrt_recip_alphas_cumprod=np.sqrt(1.0 / alphas_cumprod),
             sqrt_recipm1_alphas_cumprod=np.sqrt(1.0 / alphas_cumprod - 1.0),
             posterior_variance=posterior_variance,
@@ -122,9 +113,7 @@ class GaussianDiffusion:
     def to(self, device):
         """A copy whose tables are on `device`."""
         moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(moved, name, value.to(device))
+        vars(moved).update({name: table.to(device) for name, table in vars(self).items() if torch.is_tensor(table)})
         return moved
 
     def respaced(self, num_steps):
@@ -136,7 +125,8 @@ class GaussianDiffusion:
         kept = space_timesteps(self.num_timesteps, num_steps)
         alphas_cumprod = self._alphas_cumprod[kept]
         shorter = copy.copy(self)
-        shorter._tabulate(1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]), self.timestep_map.cpu().numpy()[kept])
+        shorter._tabulate(betas=1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]),
+                          timestep_map=self.timestep_map.cpu().numpy()[kept])
         return shorter.to(self.betas.device)
 
     @staticmethod
@@ -147,8 +137,6 @@ class GaussianDiffusion:
     def _predict(self, model, x_t, t, model_kwargs):
         """The network's output, in x_t's dtype whatever it computes in. The one place where it is told the time."""
         return model(x_t, self.timestep_map[t], **model_kwargs).to(x_t.dtype)
-
-    # q: from the image to noise -------------------------------------------------------------------------------------
 
     def q_sample(self, x_start, t, noise):
         """x_t ~ q(x_t | x_0) = N(sqrt(alphas_cumprod) x_0, (1 - alphas_cumprod) I) for a given noise (DDPM Eq. 4)."""
@@ -162,8 +150,6 @@ class GaussianDiffusion:
         variance = self._at(self.posterior_variance, t).expand_as(x_t)
         log_variance_clipped = self._at(self.posterior_log_variance_clipped, t).expand_as(x_t)
         return mean, variance, log_variance_clipped
-
-    # p: from noise to the image -------------------------------------------------------------------------------------
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """p(x_(t-1) | x_t) from the network's output for x_t: dict(mean, variance, log_variance, pred_xstart).
@@ -186,15 +172,13 @@ class GaussianDiffusion:
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x_t, t)
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=pred_xstart)
 
-    # the loss -------------------------------------------------------------------------------------------------------
-
     def _vb_terms_bpd(self, model_output, x_start, x_t, t, clip_denoised=False):
         """(N,): the term L_t of the variational bound in bits/dim; at t = 0 the decoder's likelihood (DDPM Eq. 5)."""
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         out = self.p_mean_variance(model_output, x_t, t, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         nll = -discretized_gaussian_log_likelihood(x_start, out["mean"], 0.5 * out["log_variance"])
-        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2.0)
+        return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2.0)
 
     def training_losses(self, model, x_start, t, noise=None, **model_kwargs):
         """dict(loss, mse, vb), each (N,). eps learns by L_simple = mse (DDPM Eq. 14), the variance by the full bound.
@@ -207,12 +191,9 @@ class GaussianDiffusion:
         model_output = self._predict(model, x_t, t, model_kwargs)
         C = x_start.shape[1]
         eps, v = model_output[:, :C], model_output[:, C:]
-        mse = mean_flat((noise - eps) ** 2)
-        if v.shape[1] > 0:
-            frozen_eps = torch.cat([eps.detach(), v], dim=1)                      # the bound trains the variance only
-            vb = self._vb_terms_bpd(frozen_eps, x_start, x_t, t)
-        else:
-            vb = torch.zeros_like(mse)
+        mse = ((noise - eps) ** 2).flatten(1).mean(1)                             # (N,), as all the losses
+        frozen_eps = torch.cat([eps.detach(), v], dim=1)                          # the bound trains the variance only
+        vb = self._vb_terms_bpd(frozen_eps, x_start, x_t, t) if v.shape[1] > 0 else torch.zeros_like(mse)
         return dict(loss=mse + vb, mse=mse, vb=vb)
 
     @torch.no_grad()
@@ -228,14 +209,12 @@ class GaussianDiffusion:
             x_t = self.q_sample(x_start, t, noise)
             model_output = self._predict(model, x_t, t, model_kwargs)
             vb.append(self._vb_terms_bpd(model_output, x_start, x_t, t, clip_denoised))
-            mse.append(mean_flat((noise - model_output[:, :x_start.shape[1]]) ** 2))
+            mse.append(((noise - model_output[:, :x_start.shape[1]]) ** 2).flatten(1).mean(1))
         vb, mse = torch.stack(vb[::-1], dim=1), torch.stack(mse[::-1], dim=1)
-        mean, log_variance = self.sqrt_alphas_cumprod[-1] * x_start, self.log_one_minus_alphas_cumprod[-1]
+        mean, log_variance = self.sqrt_alphas_cumprod[-1] * x_start, 2 * self.sqrt_one_minus_alphas_cumprod[-1].log()
         zero = torch.zeros_like(x_start)
-        prior = mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2.0)                 # L_T, DDPM Eq. 5
+        prior = normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / math.log(2.0)          # L_T, DDPM Eq. 5
         return dict(total=prior + vb.sum(dim=1), prior=prior, vb=vb, mse=mse)
-
-    # the samplers ---------------------------------------------------------------------------------------------------
 
     def _loop(self, step, model, x_t, clip_denoised, randn, progress, on_step, model_kwargs):
         """x_0 from x_t = pure noise, by x_(t-1) = step(x_t, t, p_mean_variance, fresh noise) for t = last..0."""
@@ -243,16 +222,15 @@ class GaussianDiffusion:
         for i in indices if progress is None else progress(indices):
             t = torch.full((len(x_t),), i, device=x_t.device)
             out = self.p_mean_variance(self._predict(model, x_t, t, model_kwargs), x_t, t, clip_denoised)
-            x_prev = step(x_t, t, out, randn(x_t))
             if on_step is not None:
                 on_step(i, x_t, out["pred_xstart"])
-            x_t = x_prev
+            x_t = step(x_t, t, out, randn(x_t))
         return x_t
 
     @torch.no_grad()
     def p_sample_loop(self, model, noise, clip_denoised=False, randn=torch.randn_like, progress=None, on_step=None,
                       **model_kwargs):
-        """Ancestral sampling (DDPM Algorithm 2), the paper's sampler: images (N, C, H, W) from pure noise of that shape.
+        """Ancestral sampling (DDPM Algorithm 2), the paper's sampler: images (N, C, H, W) from pure noise like them.
 
         `randn(x)` gives noise shaped like x, once a step; `progress` wraps the list of steps (tqdm, say);
         `on_step(i, x_t, pred_xstart)` sees the state before step i = num_timesteps-1 .. 0 and the x_0 guessed from it.
@@ -268,22 +246,20 @@ class GaussianDiffusion:
                          on_step=None, **model_kwargs):
         """DDIM sampling (DDIM Eq. 12), not in the paper but good in fewer steps; arguments as for p_sample_loop.
 
-        eta = 0 is deterministic; eta = 1 has the noise of ancestral sampling with the posterior's variance (Eq. 16).
+        eta = 0 is deterministic; eta = 1 adds noise of the posterior's variance (Eq. 16). eps is recomputed from x_0,
+        which may have been clipped.
         """
         def step(x_t, t, out, z):
-            sigma2 = eta ** 2 * self._at(self.posterior_variance, t)
-            eps = ((self._at(self.sqrt_recip_alphas_cumprod, t) * x_t - out["pred_xstart"])
-                   / self._at(self.sqrt_recipm1_alphas_cumprod, t))               # of the clipped x_0, if it was clipped
-            return (self._at(self.sqrt_alphas_cumprod_prev, t) * out["pred_xstart"]
+            x_0, sigma2 = out["pred_xstart"], eta ** 2 * self._at(self.posterior_variance, t)
+            eps = (x_t - self._at(self.sqrt_alphas_cumprod, t) * x_0) / self._at(self.sqrt_one_minus_alphas_cumprod, t)
+            return (self._at(self.sqrt_alphas_cumprod_prev, t) * x_0
                     + (self._at(self.one_minus_alphas_cumprod_prev, t) - sigma2).clamp(min=0).sqrt() * eps
                     + sigma2.sqrt() * z)
 
         return self._loop(step, model, noise, clip_denoised, randn, progress, on_step, model_kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.2  Patchify (Figure 4) and positions
-
+# Sec. 3.2  Patchify (Figure 4) and positions --------------------------------------------------------------------------
 
 class PatchEmbed(nn.Module):
     """Each p x p patch becomes a token by one linear layer, written as a convolution (Figure 4)."""
@@ -300,8 +276,7 @@ class PatchEmbed(nn.Module):
 def get_2d_sincos_pos_embed(dim, grid_size):
     """(grid_size^2, dim) float32: the ViT's fixed frequency-based positions, in the tokens' row-by-row order.
 
-    The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
-    `dim` must be divisible by 4.
+    The first half of the channels encodes the column, the second the row; each half is sines, then cosines: 4 | dim.
     """
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                        # (D/4,)
     row, column = np.divmod(np.arange(grid_size ** 2), grid_size)                 # (T,) each
@@ -310,9 +285,7 @@ def get_2d_sincos_pos_embed(dim, grid_size):
     return torch.tensor(table, dtype=torch.float32)                               # (T, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.2 and Appendix A  The condition: embeddings of the timestep t and the label y
-
+# Sec. 3.2 and Appendix A  The condition: embeddings of the timestep t and the label y ---------------------------------
 
 def timestep_embedding(t, dim, max_period=10000):
     """(N,) timesteps, whole or fractional, -> (N, dim) float32: cosines, then sines, of t at dim/2 frequencies.
@@ -328,19 +301,17 @@ def timestep_embedding(t, dim, max_period=10000):
 class TimestepEmbedder(nn.Module):
     """t -> a 256-dimensional frequency embedding -> a two-layer MLP with SiLU (Appendix A)."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.frequency_embedding_size = frequency_embedding_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
-                                 nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):                                                         # (N,)
-        t_freq = timestep_embedding(t, self.frequency_embedding_size)             # (N, 256)
+        t_freq = timestep_embedding(t, 256)                                       # (N, 256)
         return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                      # (N, D)
 
 
 class LabelEmbedder(nn.Module):
-    """A table with a row for each class and one more, number num_classes: the learned null embedding (Sec. 3.1, CFG)."""
+    """A table with a row for each class and one more, number num_classes: the learned null embedding (Sec. 3.1)."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -353,9 +324,7 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)                                            # (N, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.2  The parts of a ViT block, and adaptive layer norm's modulation
-
+# Sec. 3.2  The parts of a ViT block, and adaptive layer norm's modulation ---------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head self-attention."""
@@ -406,18 +375,16 @@ class Mlp(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """The affine part of adaptive layer norm, the same for all tokens: (1 + gamma) x + beta. (N, T, D), (N, D), (N, D)."""
+    """(1 + gamma) x + beta, the same for all tokens: adaptive layer norm's affine part. (N, T, D), (N, D), (N, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.2  DiT block design (Figure 3): the paper's four, in its order
+# Sec. 3.2  DiT block design (Figure 3): the paper's four, in its order ------------------------------------------------
 #
-# Each block says how t and y, (N, D) each, enter: condition(x, t, y) -> (x, c) is done once, before the first block;
-# then every block maps (x, c) to x. Left open by the paper and decided here: the appended or attended tokens are t, then
-# y, with no position or type embedding (they come from embedders of their own); cross-attention has a layer norm
-# before it, as the other two branches have; layer norms are affine where nothing else scales and shifts.
-
+# A block's condition(x, t, y) says once, before the first block, how t and y, (N, D) each, enter; then each block maps
+# (x, c) to x. Left open by the paper and decided here: the appended or attended tokens are t, then y, without position
+# or type embedding (they come from embedders of their own); cross-attention has a layer norm before it, as the other
+# two branches have; layer norms are affine where nothing else scales and shifts.
 
 class InContextBlock(nn.Module):
     """In-context conditioning: t and y are two more tokens of the sequence, and the block is a standard ViT block."""
@@ -435,8 +402,7 @@ class InContextBlock(nn.Module):
 
     def forward(self, x, c):                                                      # (N, T+2, D), nothing
         x = x + self.attn(self.norm1(x))                                          # (N, T+2, D)
-        x = x + self.mlp(self.norm2(x))                                           # (N, T+2, D)
-        return x
+        return x + self.mlp(self.norm2(x))                                        # (N, T+2, D)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -458,8 +424,7 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x, c):                                                      # (N, T, D), (N, 2, D)
         x = x + self.attn(self.norm1(x))                                          # (N, T, D)
         x = x + self.cross_attn(self.norm_cross(x), c)                            # (N, T, D)
-        x = x + self.mlp(self.norm2(x))                                           # (N, T, D)
-        return x
+        return x + self.mlp(self.norm2(x))                                        # (N, T, D)
 
 
 class AdaLNBlock(nn.Module):
@@ -480,8 +445,7 @@ class AdaLNBlock(nn.Module):
     def forward(self, x, c):                                                      # (N, T, D), (N, D)
         beta1, gamma1, beta2, gamma2 = self.adaLN_modulation(c).chunk(4, dim=1)   # (N, D) each
         x = x + self.attn(modulate(self.norm1(x), beta1, gamma1))                 # (N, T, D)
-        x = x + self.mlp(modulate(self.norm2(x), beta2, gamma2))                  # (N, T, D)
-        return x
+        return x + self.mlp(modulate(self.norm2(x), beta2, gamma2))               # (N, T, D)
 
 
 class AdaLNZeroBlock(nn.Module):
@@ -502,13 +466,10 @@ class AdaLNZeroBlock(nn.Module):
     def forward(self, x, c):                                                      # (N, T, D), (N, D)
         beta1, gamma1, alpha1, beta2, gamma2, alpha2 = self.adaLN_modulation(c).chunk(6, dim=1)   # (N, D) each
         x = x + alpha1[:, None] * self.attn(modulate(self.norm1(x), beta1, gamma1))               # (N, T, D)
-        x = x + alpha2[:, None] * self.mlp(modulate(self.norm2(x), beta2, gamma2))                # (N, T, D)
-        return x
+        return x + alpha2[:, None] * self.mlp(modulate(self.norm2(x), beta2, gamma2))             # (N, T, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.2  Transformer decoder: "the final layer norm (adaptive if using adaLN)" and a linear layer to the pixels
-
+# Sec. 3.2  Transformer decoder: "the final layer norm (adaptive if using adaLN)" and a linear layer --------------------
 
 class PlainFinalLayer(nn.Module):
     """Decoder of the in-context and cross-attention designs."""
@@ -536,8 +497,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), beta, gamma))             # (N, T, p*p*2C)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sec. 3.2  The whole model (Figure 3, left)
+# Sec. 3.2  The whole model (Figure 3, left) ---------------------------------------------------------------------------
 
 DESIGNS = {
     "in-context": (InContextBlock, PlainFinalLayer),
@@ -563,18 +523,15 @@ class DiT(nn.Module):
             raise ValueError(f"the input size {input_size} is not divisible by the patch size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"the hidden size {hidden_size} is not divisible by {num_heads} heads and by 4")
-        Block, Decoder = DESIGNS[block]
-        self.block = block
-        self.num_classes = num_classes
-        self.in_channels = in_channels
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.patch_size = patch_size
-        self.grid_size = input_size // patch_size
+        self.block, self.num_classes = block, num_classes
+        self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
+        self.patch_size, self.grid_size = patch_size, input_size // patch_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.register_buffer("pos_embed", get_2d_sincos_pos_embed(hidden_size, self.grid_size)[None])   # (1, T, D)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        Block, Decoder = DESIGNS[block]
         self.blocks = nn.ModuleList([Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = Decoder(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
@@ -592,8 +549,8 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 nn.init.zeros_(module.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+        for module in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(module.weight, std=0.02)
         if self.block == "adaln-zero":
             for module in [*self.blocks, self.final_layer]:
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
@@ -606,10 +563,8 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, g * p, g * p)           # (N, 2C, H, W)
 
     def forward(self, x, t, y, drop=None):                                        # (N, C, H, W), (N,), (N,), (N,) bool
-        """(N, 2C, H, W): eps, then v; C channels without learn_sigma. `drop` marks labels to replace by the null label.
-
-        Another condition than a class (text, say) enters in place of y, as any (N, D) embedding.
-        """
+        """(N, 2C, H, W): eps, then v (C channels without learn_sigma). `drop` marks labels to replace by the null one.
+        Another condition than a class, text say, would enter in y's place, as an embedding (N, D)."""
         x = self.x_embedder(x) + self.pos_embed                                   # (N, T, D)
         t = self.t_embedder(t)                                                    # (N, D)
         y = self.y_embedder(y, drop)                                              # (N, D)
@@ -636,8 +591,7 @@ class DiT(nn.Module):
         return torch.cat([eps, cond[:, k:]], dim=1)                               # (N, 2C, H, W)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Table 1  Model sizes: layers, width and heads; each at patch size 2, 4 and 8
+# Table 1  Model sizes: layers, width and heads; each at patch size 2, 4 and 8 -----------------------------------------
 
 DiT_models = {
     f"DiT-{size}/{patch_size}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch_size)
