@@ -469,7 +469,7 @@ class AdaLNZeroBlock(nn.Module):
         return x + alpha2[:, None] * self.mlp(modulate(self.norm2(x), beta2, gamma2))             # (N, T, D)
 
 
-# Sec. 3.2  Transformer decoder: "the final layer norm (adaptive if using adaLN)" and a linear layer --------------------
+# Sec. 3.2  Transformer decoder: "the final layer norm (adaptive if using adaLN)" and a linear layer -------------------
 
 class PlainFinalLayer(nn.Module):
     """Decoder of the in-context and cross-attention designs."""

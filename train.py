@@ -2,7 +2,7 @@
 
     python train.py                                             # the built-in set of shapes: minutes on a laptop's CPU
     python train.py --preset cifar10                            # CIFAR-10, downloaded by torchvision
-    python train.py --preset cifar10 --data FOLDER              # your pictures: one folder a class (ImageFolder's layout)
+    python train.py --preset cifar10 --data FOLDER              # your pictures, one folder a class
     python train.py --preset cifar10 --block in-context         # another of the paper's four designs
     python train.py --resume runs/shapes                        # go on where a run stopped
 
@@ -26,19 +26,30 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
 from dit import DESIGNS, DiT, DiT_models, GaussianDiffusion
-from sample import (Parser, UserError, grid_image, load_checkpoint, parse_classes, pick_device, run, sample_images, to_uint8)
+from sample import (
+    Parser,
+    UserError,
+    grid_image,
+    load_checkpoint,
+    parse_classes,
+    pick_device,
+    run,
+    sample_images,
+    to_uint8,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: every field of Config is a flag
@@ -52,7 +63,7 @@ def opt(default, help):
 class Config:
     # what to learn from
     preset: str = opt("shapes", "the settings to start from; every other flag changes one of them")
-    data: str = opt("shapes", "shapes (built in), cifar10 (torchvision's), or a folder with one folder of images a class")
+    data: str = opt("shapes", "shapes (built in), cifar10 (downloaded), or a folder with one folder of images a class")
     image_size: int = opt(16, "side of the square images in pixels; others are scaled and cropped to it")
     flip: bool = opt(True, "mirror half of the images (the paper's only augmentation)")
     cache: str = opt("runs/cache", "folder for prepared images")
@@ -90,27 +101,30 @@ class Config:
 PRESETS = {
     # 10 classes of 16x16 colour images, drawn by this file. fp32: its matrices are too small for bf16 to pay on a CPU.
     "shapes": dict(data="shapes", image_size=16, patch_size=4, hidden_size=128, depth=4, num_heads=4, flip=False,
-                   steps=4600, batch_size=64, lr=4e-3, lr_decay_steps=4600, beta2=0.99, ema_decay=0.999, dtype="fp32",
-                   ckpt_every=1000, sample_every=500),
+                   steps=7000, batch_size=32, lr=4e-3, lr_decay_steps=7000, beta2=0.99, ema_decay=0.999, dtype="fp32",
+                   log_every=100, ckpt_every=1000, sample_every=500, cfg_scale=2.0),
     # CIFAR-10 in pixel space with the paper's recipe; DiT-S/4 has the paper's 64 tokens of DiT-S/4 on latents.
-    "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995),
+    "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
+                    cfg_scale=3.0),
 }
 
 # What --resume lets a flag change: all that does not make it another run.
-MAY_CHANGE = {"steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every", "ckpt_every", "sample_every",
-              "cfg_scale", "cache"}
+MAY_CHANGE = {"steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every", "ckpt_every",
+              "sample_every", "cfg_scale", "cache"}
 
 
 def check(cfg):
     """UserError for the first setting that cannot be meant."""
-    for name, low in [("steps", 1), ("batch_size", 1), ("accum", 1), ("image_size", 1), ("patch_size", 1), ("hidden_size", 4),
-                      ("depth", 1), ("num_heads", 1), ("seed", 0), ("lr", 0), ("lr_decay_steps", 0), ("log_every", 0),
-                      ("ckpt_every", 0), ("sample_every", 0)]:
-        if not getattr(cfg, name) >= low:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be at least {low}")
-    for name in ("beta2", "ema_decay", "label_drop"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be in 0 <= x < 1")
+    at_least_1 = ["steps", "batch_size", "accum", "image_size", "patch_size", "hidden_size", "depth", "num_heads"]
+    at_least_0 = ["seed", "lr", "lr_decay_steps", "log_every", "ckpt_every", "sample_every"]
+    for name in at_least_1 + at_least_0 + ["beta2", "ema_decay", "label_drop"]:
+        low = int(name in at_least_1)
+        high = math.inf if name in at_least_1 + at_least_0 else 1
+        if not low <= getattr(cfg, name) < high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be at least {low}"
+                            + (" and less than 1" if high == 1 else ""))
+    if not math.isfinite(cfg.cfg_scale):
+        raise UserError(f"--cfg-scale {cfg.cfg_scale} is no number to guide with: 1.0 is no guidance, 4.0 is strong")
     if cfg.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
     if cfg.batch_size % cfg.accum:
@@ -121,9 +135,10 @@ def parse_args(argv):
     """Config from the command line: defaults < preset < --model < explicit flags; on --resume, the checkpoint's."""
     parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, bool | None) else dict(type=field.type)
+        yes_or_no = field.type in (bool, bool | None)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} (default: {field.default!r})", **kind)
+                            help=f"{field.metadata['help']} (default: {field.default!r})",
+                            **(dict(action=argparse.BooleanOptionalAction) if yes_or_no else dict(type=field.type)))
     flags = vars(parser.parse_args(argv))
     if "resume" in flags:
         return resumed_config(flags)
@@ -137,23 +152,28 @@ def parse_args(argv):
             raise UserError(f"no model {model!r}: choose from {', '.join(DiT_models)}")
         chosen.update(DiT_models[model].keywords)
     cfg = Config(**{**chosen, **flags})
+    if model and any(getattr(cfg, name) != size for name, size in DiT_models[model].keywords.items()):
+        cfg.model = ""                                              # an explicit size makes it another model
     cfg.out = cfg.out or f"runs/{preset}"
     check(cfg)
     if (Path(cfg.out) / "ckpt.pt").exists():
-        raise UserError(f"{cfg.out} holds a run already: go on with --resume {cfg.out}, or name another folder by --out")
+        raise UserError(f"{cfg.out} holds a run already: go on by --resume {cfg.out}, or name another folder by --out")
     return cfg
 
 
 def resumed_config(flags):
     """The Config of the run in flags["resume"], with those flags that may change."""
     folder = flags.pop("resume")
-    config = load_checkpoint(Path(folder) / "ckpt.pt")["config"]
+    checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
+    config = checkpoint["config"]
     different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
                  if name not in MAY_CHANGE and value != config[name]]
     if different:
-        raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start a new run by --out")
+        raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start anew by --out")
     cfg = Config(**{**config, **flags, "out": folder, "resume": folder})
     check(cfg)
+    if cfg.steps <= checkpoint["step"]:
+        raise UserError(f"{folder} has done {checkpoint['step']} steps already: ask for more by --steps")
     return cfg
 
 
@@ -174,7 +194,7 @@ SHAPES = {                      # name -> whether (x, y) is inside; y points up,
     "ring":      lambda x, y: abs(np.hypot(x, y) - 0.7) < 0.22,
     "moon":      lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y) > 0.8),
     "heart":     lambda x, y: x ** 2 + (1.1 * y + 0.15 - 0.75 * np.sqrt(abs(x))) ** 2 < 0.72,
-    "star":      lambda x, y: sum(x * np.sin(a) + y * np.cos(a) < 0.34 for a in 2 * np.pi / 5 * np.arange(5)) >= 4,
+    "star":      lambda x, y: sum(x * np.sin(a) + y * np.cos(a) < 0.35 for a in 2 * np.pi / 5 * np.arange(5)) >= 4,
     "triangle":  lambda x, y: (y > -0.7) & (y < 0.95 - 1.8 * abs(x)),
     "square":    lambda x, y: np.maximum(abs(x), abs(y)) < 0.75,
     "cross":     lambda x, y: (np.minimum(abs(x), abs(y)) < 0.27) & (np.maximum(abs(x), abs(y)) < 0.95),
@@ -184,16 +204,14 @@ SHAPES = {                      # name -> whether (x, y) is inside; y points up,
 
 
 def draw_shape(i, size):
-    """Image i of the built-in set, uint8 (size, size, 3): shape i % 10 in a random place, size, tilt and two colours."""
+    """Image i of the built-in set, uint8 (size, size, 3): shape i % 10 of random place, size, tilt and two colours."""
     rng = np.random.default_rng(i)
-    scale = rng.uniform(0.5, 0.9)
-    cx, cy = rng.uniform(-1, 1, size=2) * (1 - scale)
-    tilt = rng.uniform(-0.25, 0.25)
+    scale = rng.uniform(0.75, 0.95)
+    cx, cy = rng.uniform(-0.6, 0.6, size=2) * (1 - scale)
+    tilt = rng.uniform(-0.12, 0.12)
     hue = rng.random()
-    paper = colorsys.hsv_to_rgb(hue, rng.uniform(0.2, 0.8), rng.uniform(0.15, 0.4))
-    ink = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.2, 0.8), rng.uniform(0.8, 1.0))
-    if rng.random() < 0.5:
-        paper, ink = ink, paper
+    paper = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.35))
+    ink = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.3, 0.9), rng.uniform(0.8, 1.0))
     fine = (np.arange(4 * size) + 0.5) / (2 * size) - 1             # each pixel is the mean of 4 x 4 points
     x, y = np.meshgrid((fine - cx) / scale, (-fine - cy) / scale)
     x, y = x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)
@@ -216,9 +234,10 @@ def center_crop(image, size):
 def open_source(cfg):
     """The Source that --data names; UserError if there is none."""
     if cfg.data == "shapes":
-        n = 20_000
-        return Source(["shapes", n], list(SHAPES), [i % len(SHAPES) for i in range(n)], lambda i: draw_shape(i, cfg.image_size))
-    import torchvision.datasets                                     # a second of importing that the others need not wait
+        labels = [i % len(SHAPES) for i in range(20_000)]
+        return Source(["shapes", len(labels)], list(SHAPES), labels, lambda i: draw_shape(i, cfg.image_size))
+    import torchvision.datasets  # which takes a second that shapes need not wait
+
     if cfg.data == "cifar10":
         try:
             data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
@@ -229,8 +248,7 @@ def open_source(cfg):
     try:
         samples = torchvision.datasets.ImageFolder(cfg.data)
     except (OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"no images in --data {cfg.data} ({reason}): it should hold one folder of images a class") from None
+        raise UserError(f"no images in --data {cfg.data} ({error}): it should hold one folder a class") from None
     paths = [path for path, _ in samples.samples]
 
     def load(i):
@@ -280,7 +298,7 @@ def draw_batch(cfg, images, labels, step):
 
     position = (step - 1) * cfg.batch_size + np.arange(cfg.batch_size)
     epoch, place = np.divmod(position, len(labels))
-    index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place.tolist())])
+    index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place, strict=True)])
     flip = (rng(0).random(cfg.batch_size) < 0.5) & cfg.flip
     x = images[index]
     x = np.where(flip[:, None, None, None], x[..., ::-1], x)
@@ -315,7 +333,7 @@ class Runtime:
         """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
         if self.grad_checkpoint:
             for block in model.blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = functools.partial(checkpointed, block.forward, use_reentrant=False)
         return torch.compile(model) if self.compile else model
 
     def put(self, tensors):
@@ -386,7 +404,7 @@ def open_run(cfg, step):
 def save_samples(cfg, ema, class_names, path):
     """A grid of guided samples, a row a class, the same noise every time."""
     labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
-    images = sample_images(ema, labels, steps=50, sampler="ddim", cfg_scale=cfg.cfg_scale if cfg.label_drop else 1)
+    images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=cfg.cfg_scale if cfg.label_drop else 1)
     grid_image(to_uint8(images), 8).save(path)
 
 
@@ -400,9 +418,9 @@ class Diverged(UserError):
 
 
 def train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step):
-    """One optimizer step on the batch, and one of the averaged weights: (loss, mse, vb, grad_norm), still on the device."""
+    """One optimizer step on the batch and one of the averaged weights: (loss, mse, vb, grad_norm), on the device."""
     totals = 0
-    for part in zip(*(tensor.chunk(cfg.accum) for tensor in batch)):
+    for part in zip(*(tensor.chunk(cfg.accum) for tensor in batch), strict=True):
         x, y, t, noise, drop = rt.put(part)
         with rt.autocast():
             losses = diffusion.training_losses(model, x / 127.5 - 1, t, noise, y=y, drop=drop)
@@ -457,21 +475,25 @@ def train(cfg):
     logged, clock = start, time.perf_counter()
     bar = tqdm(total=cfg.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
     for step in range(start + 1, cfg.steps + 1):
-        numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, draw_batch(cfg, images, labels, step), step)
+        batch = draw_batch(cfg, images, labels, step)
+        numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step)
         finite &= numbers[0].isfinite()
-        stop = rt.stop
-        log_due, save_due, sample_due = (every > 0 and step % every == 0 or step == cfg.steps and every >= last
-                                         for every, last in [(cfg.log_every, 1), (cfg.ckpt_every, 0), (cfg.sample_every, 1)])
-        if (log_due or save_due or sample_due or stop) and not finite:
-            raise Diverged(f"the loss is not finite at step {step} or up to {cfg.log_every} before: the last checkpoint is "
-                           f"good; take a lower --lr than {cfg.lr:g}")
         bar.update()
+        stop, last = rt.stop, step == cfg.steps
+        log_due, sample_due, save_due = (every > 0 and (last or step % every == 0)
+                                         for every in (cfg.log_every, cfg.sample_every, cfg.ckpt_every))
+        save_due = save_due or last or stop
+        if not (log_due or sample_due or save_due):
+            continue                                                # and the device need not be waited for
+        if not finite:
+            raise Diverged(f"the loss is no number at step {step} or shortly before, and no file was touched since: "
+                           f"--resume {out} from the last checkpoint, or start anew with a lower --lr than {cfg.lr:g}")
         if log_due:
             speed = (step - logged) * cfg.batch_size / (time.perf_counter() - clock)
             loss, mse, vb, grad_norm = numbers.tolist()
             log.row(step=step, loss=loss, mse=mse, vb=vb, grad_norm=grad_norm, images_per_sec=speed)
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-        if save_due or stop:
+        if save_due:
             save_checkpoint(out / "ckpt.pt", to_cpu(dict(
                 model=original.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
                 config=dataclasses.asdict(cfg), model_args=model_args, class_names=source.class_names)))
@@ -482,7 +504,7 @@ def train(cfg):
         if log_due:
             logged, clock = step, time.perf_counter()               # pictures and checkpoints are not training
     bar.close()
-    if rt.stop and step < cfg.steps:
+    if step < cfg.steps:
         print(f"stopped and saved at step {step}; go on with: python train.py --resume {out}")
     else:
         print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
