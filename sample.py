@@ -84,12 +84,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, device="cpu"):
+def load_model(path_or_name, device="cpu"):
     """(model, info) of a checkpoint: its EMA weights, in eval mode, on `device`.
 
     info: dict(config, class_names (one a class), step, space), space being "pixel".
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path_or_name)
     model = DiT(**checkpoint["model_args"])
     model.load_state_dict(checkpoint["ema"])
     info = dict(config=checkpoint["config"], class_names=checkpoint["class_names"], step=checkpoint["step"],

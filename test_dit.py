@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -905,6 +906,27 @@ def test_a_folder_of_images_is_prepared_once_into_arrays(folder, tmp_path, monke
     assert train.prepare_data(cfg, train.open_source(cfg))[0].shape == (24, 3, 4, 4)
 
 
+def test_cifar10_comes_from_torchvision_or_ends_in_one_line(tmp_path, monkeypatch):
+    import torchvision
+    cfg = train.Config(data="cifar10", image_size=32, cache=str(tmp_path))
+
+    class Downloaded:
+        data = np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8)
+        targets, classes = [1, 0, 1, 0], ["a", "b"]
+
+        def __init__(self, root, download):
+            pass
+
+    def offline(root, download):
+        raise urllib.error.URLError("no\nnetwork")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
+    images, labels = train.prepare_data(cfg, train.open_source(cfg))
+    assert np.array_equal(images.transpose(0, 2, 3, 1), Downloaded.data) and labels.tolist() == [1, 0, 1, 0]
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(sample.UserError, match="--data"):
+        train.open_source(cfg)
+
+
 def test_interrupted_preparation_leaves_nothing_to_be_taken_for_whole(folder, tmp_path):
     cfg = train.Config(data=str(folder), image_size=6, cache=str(tmp_path / "c"))
     source = train.open_source(cfg)
@@ -1042,7 +1064,7 @@ def test_a_run_leaves_checkpoint_log_config_and_resumes_to_the_same_bits(block, 
 def test_resuming_cuts_the_rows_after_the_checkpoint(tmp_path):
     log = train.Log(tmp_path / "log.csv", 0)
     for step in range(1, 6):
-        log.row(step=step, loss=0.1, mse=1 / 3, vb=0.0, grad_norm=1.0, images_per_sec=2.0)
+        log.row(step, 0.1, 1 / 3, 0.0, 1.0, 2.0)
     train.Log(tmp_path / "log.csv", 3)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert [row["step"] for row in rows] == ["1", "2", "3"] and float(rows[0]["mse"]) == 1 / 3
@@ -1101,7 +1123,8 @@ def test_a_short_run_learns():
     ("--patch-size 3", "patch size 3"),
     ("--hidden-size 30", "hidden size 30"), ("--num-heads 5", "5 heads"), ("--accum 3", "--accum 3"),
     ("--device tpu", "--device auto"), ("--label-drop 1", "--label-drop"), ("--resume no/such/run", "no/such/run"),
-    ("--data EMPTY", "EMPTY"), ("--data BROKEN", "dog/bad.png"), ("--cfg-scale inf", "--cfg-scale")])
+    ("--data EMPTY", "EMPTY"), ("--data BROKEN", "dog/bad.png"),
+    ("--cache BROKEN/dog/bad.png", "--cache"), ("--cfg-scale inf", "--cfg-scale")])
 def test_train_refuses(flags, words, tmp_path, monkeypatch):
     (tmp_path / "EMPTY" / "dog").mkdir(parents=True)
     (tmp_path / "BROKEN" / "dog").mkdir(parents=True)

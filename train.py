@@ -14,6 +14,7 @@ checkpoint needs no random state.
 """
 import argparse
 import colorsys
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -33,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
@@ -222,7 +223,7 @@ def draw_shape(i, size):
 
 def center_crop(image, size):
     """A PIL image as uint8 (size, size, 3), by ADM's rule: halved by box filters, then bicubic, then its middle."""
-    image = image.convert("RGB")
+    image = ImageOps.exif_transpose(image).convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -270,25 +271,33 @@ def prepare_data(cfg, source):
     whole = Path(cfg.cache) / f"{Path(cfg.data).name}-{cfg.image_size}-{key}"
     if not whole.exists():
         part = Path(f"{whole}.part-{os.getpid()}")
-        part.mkdir(parents=True)
         try:
-            shape = (len(source.labels), 3, cfg.image_size, cfg.image_size)
-            images = np.lib.format.open_memmap(part / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:        # decoding lets go of Python's lock
-                loaded = pool.map(source.load, range(len(images)))
-                for i, image in enumerate(tqdm(loaded, total=len(images), desc=f"preparing {cfg.data}", unit="image")):
-                    images[i] = image.transpose(2, 0, 1)
+            part.mkdir(parents=True)
+            n, side = len(source.labels), cfg.image_size
+            images = np.lib.format.open_memmap(part / "images.npy", mode="w+", dtype=np.uint8, shape=(n, 3, side, side))
+            with (ThreadPoolExecutor(os.cpu_count()) as pool,       # decoding lets go of Python's lock
+                  tqdm(total=n, desc=f"preparing {cfg.data}", unit="image") as bar):
+                for start in range(0, n, 256):
+                    for i, image in enumerate(pool.map(source.load, range(start, min(start + 256, n))), start):
+                        images[i] = image.transpose(2, 0, 1)
+                        bar.update()
             images.flush()
             np.save(part / "labels.npy", np.array(source.labels))
             os.rename(part, whole)
+        except OSError as error:
+            raise UserError(f"cannot prepare the images in {cfg.cache} ({error}): name another by --cache") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return np.load(whole / "images.npy", mmap_mode="r"), np.load(whole / "labels.npy")
 
 
+# What a stream of random numbers is for. From 1, because numpy's seeding takes (a, b, 0) for (a, b).
+ORDER, FLIP, TIME, NOISE, DROP = range(1, 6)
+
+
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
+    return np.random.default_rng((seed, epoch, ORDER)).permutation(n)
 
 
 def draw_batch(cfg, images, labels, step):
@@ -299,12 +308,12 @@ def draw_batch(cfg, images, labels, step):
     position = (step - 1) * cfg.batch_size + np.arange(cfg.batch_size)
     epoch, place = np.divmod(position, len(labels))
     index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place, strict=True)])
-    flip = (rng(0).random(cfg.batch_size) < 0.5) & cfg.flip
+    flip = (rng(FLIP).random(cfg.batch_size) < 0.5) & cfg.flip
     x = images[index]
     x = np.where(flip[:, None, None, None], x[..., ::-1], x)
-    t = rng(1).integers(1000, size=cfg.batch_size)
-    noise = rng(2).standard_normal(x.shape, dtype=np.float32)
-    drop = rng(3).random(cfg.batch_size) < cfg.label_drop
+    t = rng(TIME).integers(1000, size=cfg.batch_size)
+    noise = rng(NOISE).standard_normal(x.shape, dtype=np.float32)
+    drop = rng(DROP).random(cfg.batch_size) < cfg.label_drop
     return tuple(map(torch.from_numpy, (x, labels[index], t, noise, drop)))
 
 
@@ -342,12 +351,19 @@ class Runtime:
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def catch_signals(self):
-        """From now on Ctrl-C and SIGTERM set .stop, so that the loop can finish its step and save."""
+    @contextlib.contextmanager
+    def catching_signals(self):
+        """Inside, the first Ctrl-C or SIGTERM sets .stop, so that the loop can finish its step and save."""
         def handler(number, frame):
             self.stop = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+            signal.signal(number, before[number])                   # the second one takes effect at once
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number in before:
+                signal.signal(number, before[number])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -385,8 +401,8 @@ class Log:
         self.writer.writerows([self.columns] + [row for row in rows if int(row[0]) <= step])
         self.file.flush()
 
-    def row(self, **values):
-        self.writer.writerow([repr(values[column]) for column in self.columns])
+    def row(self, *values):
+        self.writer.writerow(map(repr, values))
         self.file.flush()
 
 
@@ -437,7 +453,7 @@ def train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step):
     return torch.cat([totals, grad_norm[None]])
 
 
-def build(cfg, rt, source):
+def build(cfg, source):
     """(model_args, model on the CPU), the weights a function of the seed; UserError if its sizes do not fit."""
     model_args = dict(input_size=cfg.image_size, patch_size=cfg.patch_size, in_channels=3, hidden_size=cfg.hidden_size,
                       depth=cfg.depth, num_heads=cfg.num_heads, num_classes=len(source.class_names), block=cfg.block)
@@ -451,13 +467,12 @@ def build(cfg, rt, source):
 def train(cfg):
     """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
     rt, out, source = Runtime(cfg), Path(cfg.out), open_source(cfg)
-    model_args, original = build(cfg, rt, source)
+    model_args, original = build(cfg, source)
     images, labels = prepare_data(cfg, source)
     ema = copy.deepcopy(original).to(rt.device).requires_grad_(False)
     model = rt.prepare(original.to(rt.device))
     opt = torch.optim.AdamW(original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
-    diffusion = GaussianDiffusion().to(rt.device)
-    start = 0
+    diffusion, start = GaussianDiffusion().to(rt.device), 0
     if cfg.resume:
         state = load_checkpoint(out / "ckpt.pt")
         original.load_state_dict(state["model"])
@@ -465,45 +480,42 @@ def train(cfg):
         opt.load_state_dict(state["opt"])
         start = state["step"]
     log = open_run(cfg, start)
-    parameters = sum(p.numel() for p in original.parameters())
-    print(f"{cfg.model or 'DiT'} {cfg.block}, {parameters / 1e6:.2f} M parameters; {len(labels)} images, "
-          f"{len(source.class_names)} classes, {cfg.steps * cfg.batch_size / len(labels):.1f} epochs; "
-          f"{rt.device}, {str(rt.dtype).removeprefix('torch.')}; {out}")
+    print(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in original.parameters()) / 1e6:.2f} M parameters; "
+          f"{len(labels)} images, {len(source.class_names)} classes, {cfg.steps * cfg.batch_size / len(labels):.1f} "
+          f"epochs; {rt.device}, {str(rt.dtype).removeprefix('torch.')}; {out}")
 
-    rt.catch_signals()
     finite = torch.ones((), dtype=torch.bool, device=rt.device)
     logged, clock = start, time.perf_counter()
-    bar = tqdm(total=cfg.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
-    for step in range(start + 1, cfg.steps + 1):
-        batch = draw_batch(cfg, images, labels, step)
-        numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step)
-        finite &= numbers[0].isfinite()
-        bar.update()
-        stop, last = rt.stop, step == cfg.steps
-        log_due, sample_due, save_due = (every > 0 and (last or step % every == 0)
-                                         for every in (cfg.log_every, cfg.sample_every, cfg.ckpt_every))
-        save_due = save_due or last or stop
-        if not (log_due or sample_due or save_due):
-            continue                                                # and the device need not be waited for
-        if not finite:
-            raise Diverged(f"the loss is no number at step {step} or shortly before, and no file was touched since: "
-                           f"--resume {out} from the last checkpoint, or start anew with a lower --lr than {cfg.lr:g}")
-        if log_due:
-            speed = (step - logged) * cfg.batch_size / (time.perf_counter() - clock)
-            loss, mse, vb, grad_norm = numbers.tolist()
-            log.row(step=step, loss=loss, mse=mse, vb=vb, grad_norm=grad_norm, images_per_sec=speed)
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
-        if save_due:
-            save_checkpoint(out / "ckpt.pt", to_cpu(dict(
-                model=original.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-                config=dataclasses.asdict(cfg), model_args=model_args, class_names=source.class_names)))
-        if stop:
-            break
-        if sample_due:
-            save_samples(cfg, ema, source.class_names, out / "samples" / f"{step:06d}.png")
-        if log_due:
-            logged, clock = step, time.perf_counter()               # pictures and checkpoints are not training
-    bar.close()
+    with rt.catching_signals(), tqdm(total=cfg.steps, initial=start, unit="step",
+                                     mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+        for step in range(start + 1, cfg.steps + 1):
+            batch = draw_batch(cfg, images, labels, step)
+            numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step)
+            finite &= numbers[0].isfinite()
+            bar.update()
+            stop, last = rt.stop, step == cfg.steps
+            log_due, sample_due, save_due = (every > 0 and (last or step % every == 0)
+                                             for every in (cfg.log_every, cfg.sample_every, cfg.ckpt_every))
+            if not (log_due or sample_due or save_due or last or stop):
+                continue                                            # without waiting for the device
+            if not finite:
+                raise Diverged(f"the loss is no number at step {step} or shortly before; no file was touched since: "
+                               f"--resume {out} from its checkpoint, or start anew with a lower --lr than {cfg.lr}")
+            now = time.perf_counter()
+            if log_due:
+                speed = (step - logged) * cfg.batch_size / (now - clock)
+                log.row(step, *numbers.tolist(), speed)
+                bar.set_postfix_str(f"loss {numbers[0]:.4f}, {speed:.0f} images/s", refresh=False)
+                logged, clock = step, now
+            if save_due or last or stop:
+                save_checkpoint(out / "ckpt.pt", to_cpu(dict(
+                    model=original.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
+                    config=dataclasses.asdict(cfg), model_args=model_args, class_names=source.class_names)))
+            if stop:
+                break
+            if sample_due:
+                save_samples(cfg, ema, source.class_names, out / "samples" / f"{step:06d}.png")
+            clock += time.perf_counter() - now                      # pictures and checkpoints are not training
     if step < cfg.steps:
         print(f"stopped and saved at step {step}; go on with: python train.py --resume {out}")
     else:
