@@ -595,6 +595,6 @@ class DiT(nn.Module):
 
 DiT_models = {
     f"DiT-{size}/{patch_size}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch_size)
-    for size, depth, width, heads in [("XL", 28, 1152, 16), ("L", 24, 1024, 16), ("B", 12, 768, 12), ("S", 12, 384, 6)]
-    for patch_size in (2, 4, 8)
+    for size, depth, width, heads in [("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)]
+    for patch_size in (8, 4, 2)
 }

@@ -9,6 +9,7 @@ All that concerns the model (sizes, classes, pixels) is in the checkpoint. Image
 and i alone, so that neither the number of images nor the batch size changes it.
 """
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors are UserErrors, and which takes no abbreviated flags."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists what there is)")
@@ -44,6 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """main(), with a UserError as one line and its exit status in place of a traceback."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # clean up as for Ctrl-C
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -58,11 +60,15 @@ def pick_device(name):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
-    kind = name.partition(":")[0]
-    if not available.get(kind, False):
+    try:
+        device = torch.device(name)
+        found = available.get(device.type, False) and (device.index or 0) < max(1, torch.cuda.device_count())
+    except RuntimeError:
+        found = False
+    if not found:
         there = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"no device {name!r} here: take --device auto, or one of {there}")
-    return torch.device(name)
+    return device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,10 +155,11 @@ class Film:
     """on_step for sample_images: collects x_t beside the predicted x_0, to be saved as an animation."""
 
     def __init__(self, columns, steps, frames=60):
-        self.columns, self.every, self.frames = columns, max(1, steps // frames), []
+        self.columns, self.frames = columns, []
+        self.shown = {round(i) for i in np.linspace(0, steps - 1, min(steps, frames))}
 
     def __call__(self, i, x_t, pred_xstart):
-        if i % self.every == 0:
+        if i in self.shown:
             pair = [np.asarray(grid_image(to_uint8(x), self.columns)) for x in (x_t, pred_xstart)]
             self.frames.append(Image.fromarray(np.concatenate(pair, axis=1)))
 
@@ -186,15 +193,15 @@ def parse_args(argv):
     parser = Parser(prog="sample.py", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="a ckpt.pt that train.py wrote")
     parser.add_argument("--classes", help="names or numbers, separated by commas; default: all, ten at the most")
-    parser.add_argument("--per-class", type=int, default=8, help="images of each class: the grid's columns")
-    parser.add_argument("--cfg-scale", type=float, help="guidance: 1.0 = none, 0.0 = unconditional; default: the run's")
-    parser.add_argument("--steps", type=int, default=250, help="of the 1000 timesteps")
+    parser.add_argument("--per-class", type=int, default=8, help="images of each class, in a row (default: 8)")
+    parser.add_argument("--cfg-scale", type=float, help="1.0 = no guidance, 0.0 = unconditional (default: the run's)")
+    parser.add_argument("--steps", type=int, default=250, help="of the 1000 timesteps (default: 250)")
     parser.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="ddim is good in fewer steps")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images that are denoised together")
-    parser.add_argument("--out", default="samples.png", help="the picture to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images that are denoised together (default: 128)")
+    parser.add_argument("--out", default="samples.png", help="the picture to write (default: samples.png)")
     parser.add_argument("--gif", help="an animation to write as well: x_t beside the predicted x_0")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     for name, low, high in [("per_class", 1, 1000), ("steps", 1, 1000), ("batch_size", 1, 10**5), ("seed", 0, 2**63)]:
         if not low <= getattr(args, name) <= high:
@@ -202,9 +209,9 @@ def parse_args(argv):
     if args.cfg_scale is not None and not np.isfinite(args.cfg_scale):
         raise UserError(f"--cfg-scale {args.cfg_scale} is no number to guide with: 1.0 is no guidance, 4.0 is strong")
     for path, kinds in [(args.out, (".png", ".jpg")), (args.gif, (".gif",))]:
-        if path is not None and not path.endswith(kinds):
-            raise UserError(f"{path} should end in {' or '.join(kinds)}")
-        if path is not None and not Path(path).parent.is_dir():
+        if path is not None and (not path.endswith(kinds) or Path(path).is_dir()):
+            raise UserError(f"{path} should be a file that ends in {' or '.join(kinds)}")
+        if path is not None and not (Path(path).parent.is_dir() and os.access(Path(path).parent, os.W_OK)):
             raise UserError(f"no folder {Path(path).parent} to write {path} into: make it first")
     return args
 
@@ -212,9 +219,10 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     model, info = load_model(args.checkpoint, pick_device(args.device))
+    has_null_class = info["config"]["label_drop"] > 0
     if args.cfg_scale is None:
-        args.cfg_scale = info["config"]["cfg_scale"]
-    if args.cfg_scale != 1 and info["config"]["label_drop"] == 0:
+        args.cfg_scale = info["config"]["cfg_scale"] if has_null_class else 1.0
+    if args.cfg_scale != 1 and not has_null_class:
         raise UserError("this checkpoint was trained without label dropout, so it has no null class to guide against: "
                         "take --cfg-scale 1")
     classes = parse_classes(args.classes, info["class_names"])

@@ -10,6 +10,7 @@ import ast
 import csv
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -861,8 +862,13 @@ def test_sample_writes_a_grid_with_a_row_a_class_and_a_film(tiny_run, tmp_path, 
         row, column = divmod(k, 3)
         cell = picture[4 + 68 * row:, 4 + 68 * column:][:64:8, :64:8]
         assert np.abs(cell.astype(int) - expected[k].permute(1, 2, 0).numpy()).max() <= 1
-    film = Image.open(tmp_path / "x.gif")
-    assert film.n_frames == 6 and film.size == (2 * (3 * 68 + 4), 2 * 68 + 4)
+    film, half = Image.open(tmp_path / "x.gif"), 3 * 68 + 4
+    assert film.n_frames == 6 and film.size == (2 * half, 2 * 68 + 4)
+    frames = []
+    for k in (0, 5):                                                              # noise, a guess; the picture twice
+        film.seek(k)
+        frames += [np.asarray(film.convert("RGB").crop((x, 0, x + half, 140))).astype(int) for x in (0, half)]
+    assert np.abs(frames[3] - picture).mean() < 20 < np.abs(frames[0] - frames[1]).mean()   # a GIF has 256 colours
     assert "a row each of cat, ant" in capsys.readouterr().out
 
 
@@ -900,8 +906,11 @@ def test_a_folder_of_images_is_prepared_once_into_arrays(folder, tmp_path, monke
     assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and source.class_names == ["ant", "bee", "cat"]
     for i in range(24):                                                           # each its own colour in the middle
         assert abs(int(images[i, 0, 3, 3]) - (60 * (i // 8) + 5 * (i % 8))) <= 2
-    again, _ = train.prepare_data(cfg, source._replace(load=None))                # nothing is read a second time
-    assert np.array_equal(images, again)
+    reads = []
+    again, _ = train.prepare_data(cfg, source._replace(load=lambda i: reads.append(i) or source.load(i)))
+    assert np.array_equal(images, again) and len(reads) == 20                     # a sample, to know the code by
+    other, _ = train.prepare_data(cfg, source._replace(load=lambda i: 255 - source.load(i)))   # code has changed
+    assert np.array_equal(other, 255 - images)
     monkeypatch.setattr(cfg, "image_size", 4)                                     # another size: other arrays
     assert train.prepare_data(cfg, train.open_source(cfg))[0].shape == (24, 3, 4, 4)
 
@@ -932,7 +941,7 @@ def test_interrupted_preparation_leaves_nothing_to_be_taken_for_whole(folder, tm
     source = train.open_source(cfg)
 
     def load(i):
-        if i == 20:
+        if i == 22:
             raise KeyboardInterrupt
         return source.load(i)
     with pytest.raises(KeyboardInterrupt):
@@ -974,7 +983,7 @@ def test_timesteps_drops_flips_and_noise_have_the_paper_s_distributions():
 
 
 def setup_step(accum=1, **settings):
-    cfg = train.Config(batch_size=4, accum=accum, device="cpu", dtype="fp32", **settings)
+    cfg = train.Config(batch_size=4, accum=accum, label_drop=0.5, device="cpu", dtype="fp32", **settings)
     model = tiny_dit()
     ema = tiny_dit()
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
@@ -990,7 +999,8 @@ def test_step_is_adamw_on_the_mean_loss_of_the_batch():
     """Loss, gradient norm and weights after a step against plain autograd and Adam's formula, one example at a time."""
     model, _, _, step = setup_step(lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    (loss, mse, vb, grad_norm), (x, y, t, noise, drop) = step(1)
+    (loss, mse, vb, grad_norm), (x, y, t, noise, drop) = step(2)
+    assert drop.any() and not drop.all()
     reference = tiny_dit()
     x, y = x.float() / 255 * 2 - 1, torch.where(drop, 5, y)
     losses = [GaussianDiffusion().training_losses(reference, x[k:k + 1], t[k:k + 1], noise[k:k + 1], y=y[k:k + 1])
@@ -1076,24 +1086,54 @@ def test_a_run_draws_its_samples_row_by_class(folder, tmp_path):
     assert Image.open(tmp_path / "run" / "samples" / "000006.png").size == (8 * 68 + 4, 3 * 68 + 4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_touches_no_file(folder, tmp_path, monkeypatch):
-    original = GaussianDiffusion.training_losses
+@pytest.mark.parametrize("what", [0, 3])
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run_and_touches_no_file(what, folder, tmp_path, monkeypatch):
+    """Also if it is one again in the next step: seen at the next save, exit status 3, the last checkpoint untouched."""
+    original, calls = train.train_step, []
 
-    def poisoned(self, model, x, t, noise, **kwargs):
-        calls.append(0)
-        return original(self, model, x * (math.nan if len(calls) == 5 else 1), t, noise, **kwargs)
-    calls = []
-    monkeypatch.setattr(GaussianDiffusion, "training_losses", poisoned)
+    def poisoned(*args):
+        calls.append(original(*args))
+        calls[-1][what] = math.nan if len(calls) == 5 else calls[-1][what]
+        return calls[-1]
+    monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(train.Diverged) as error:
         train_tiny(folder, tmp_path / "run", "--log-every", "0")
-    assert error.value.status == 3
+    assert error.value.status == 3 and len(calls) == 6
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
 
 
-def test_grad_checkpoint_changes_nothing_but_memory(folder, tmp_path):
+def test_grad_checkpoint_computes_blocks_twice_and_changes_no_bit(folder, tmp_path, monkeypatch):
+    original, calls = dit.AdaLNZeroBlock.forward, []
+    monkeypatch.setattr(dit.AdaLNZeroBlock, "forward", lambda *args: calls.append(0) or original(*args))
     a = train_tiny(folder, tmp_path / "a")
+    once = len(calls)
     b = train_tiny(folder, tmp_path / "b", "--grad-checkpoint")
+    assert len(calls) - once == 2 * once == 2 * 6 * 2
     assert all(torch.equal(a["model"][name], tensor) for name, tensor in b["model"].items())
+
+
+def test_a_checkpoint_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
+    train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
+
+    def cut_off(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(OSError):
+        train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
+    assert torch.load(tmp_path / "ckpt.pt") == {"step": 1}
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with(folder, tmp_path):
+    pictures = shutil.copytree(folder, tmp_path / "pictures")
+    train_tiny(pictures, tmp_path / "run", "--steps", "3")
+    moved = pictures.rename(tmp_path / "moved")
+    with pytest.raises(sample.UserError, match="pictures"):
+        train.main(["--resume", str(tmp_path / "run"), "--steps", "6"])
+    train.main(["--resume", str(tmp_path / "run"), "--steps", "4", "--data", str(moved)])
+    (moved / "ant").rename(moved / "zebra")
+    with pytest.raises(sample.UserError, match="does not hold the images"):
+        train.main(["--resume", str(tmp_path / "run"), "--steps", "6"])
 
 
 def test_a_short_run_learns():
@@ -1124,11 +1164,14 @@ def test_a_short_run_learns():
     ("--hidden-size 30", "hidden size 30"), ("--num-heads 5", "5 heads"), ("--accum 3", "--accum 3"),
     ("--device tpu", "--device auto"), ("--label-drop 1", "--label-drop"), ("--resume no/such/run", "no/such/run"),
     ("--data EMPTY", "EMPTY"), ("--data BROKEN", "dog/bad.png"),
-    ("--cache BROKEN/dog/bad.png", "--cache"), ("--cfg-scale inf", "--cfg-scale")])
+    ("--cache BROKEN/dog/bad.png", "--cache"), ("--out BROKEN/dog/bad.png", "--out"), ("--device cpu:x", "cpu:x"),
+    ("--seed 18446744073709551616", "--seed"), ("--data DEEP", "deep.png"), ("--cfg-scale inf", "--cfg-scale")])
 def test_train_refuses(flags, words, tmp_path, monkeypatch):
     (tmp_path / "EMPTY" / "dog").mkdir(parents=True)
     (tmp_path / "BROKEN" / "dog").mkdir(parents=True)
     (tmp_path / "BROKEN" / "dog" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "DEEP" / "dog").mkdir(parents=True)
+    Image.new("I;16", (20, 20)).save(tmp_path / "DEEP" / "dog" / "deep.png")      # would be clipped to white
     monkeypatch.chdir(tmp_path)
     with pytest.raises(sample.UserError) as error:
         train.main(flags.split())
@@ -1140,10 +1183,10 @@ def test_a_folder_that_holds_a_run_is_refused_and_a_resumed_run_keeps_its_settin
     before = (tiny_run / "ckpt.pt").read_bytes()
     with pytest.raises(sample.UserError, match="holds a run already"):
         train_tiny(folder, tiny_run)
-    for flags, words in [(["--block", "adaln"], "--block adaln .the run has adaln-zero."), (["--lr", "1"], "--lr 1.0"),
-                         (["--data", "shapes"], "--data shapes")]:
+    for flags, words in [("--block adaln", "--block adaln .the run has adaln-zero."), ("--lr 1", "--lr 1.0"),
+                         ("--steps 7 --data shapes", "--data shapes"), ("--steps 6", "has done 6 steps")]:
         with pytest.raises(sample.UserError, match=words):
-            train.main(["--resume", str(tiny_run), *flags])
+            train.main(["--resume", str(tiny_run), *flags.split()])
     assert (tiny_run / "ckpt.pt").read_bytes() == before
 
 
@@ -1182,8 +1225,8 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(content, tiny_run, tmp_pat
 def test_guidance_needs_a_null_class(folder, tmp_path):
     train_tiny(folder, tmp_path / "run", "--label-drop", "0")
     with pytest.raises(sample.UserError, match="--cfg-scale 1"):
-        sample.main([str(tmp_path / "run" / "ckpt.pt"), "--out", str(tmp_path / "x.png")])
-    sample.main([str(tmp_path / "run" / "ckpt.pt"), *"--cfg-scale 1 --steps 2 --out".split(), str(tmp_path / "x.png")])
+        sample.main([str(tmp_path / "run" / "ckpt.pt"), "--cfg-scale", "2", "--out", str(tmp_path / "x.png")])
+    sample.main([str(tmp_path / "run" / "ckpt.pt"), "--steps", "2", "--out", str(tmp_path / "x.png")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1204,7 +1247,7 @@ def test_commands_end_a_mistake_in_one_line_and_status_2(tmp_path):
 
 def test_a_signal_ends_the_run_whole(folder, tmp_path):
     """SIGTERM in the loop: the step is finished and saved, exit 0 with the command that goes on."""
-    process = start("train.py", *TINY, "--steps", "1000000", "--data", folder, "--cache", tmp_path / "c",
+    process = start("train.py", *TINY, "--steps", "10000000", "--data", folder, "--cache", tmp_path / "c",
                     "--out", tmp_path / "run")
     while not (tmp_path / "run" / "ckpt.pt").exists():
         assert process.poll() is None

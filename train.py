@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -56,47 +57,47 @@ from sample import (
 # Settings: every field of Config is a flag
 
 
-def opt(default, help):
+def flag(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass
 class Config:
     # what to learn from
-    preset: str = opt("shapes", "the settings to start from; every other flag changes one of them")
-    data: str = opt("shapes", "shapes (built in), cifar10 (downloaded), or a folder with one folder of images a class")
-    image_size: int = opt(16, "side of the square images in pixels; others are scaled and cropped to it")
-    flip: bool = opt(True, "mirror half of the images (the paper's only augmentation)")
-    cache: str = opt("runs/cache", "folder for prepared images")
+    preset: str = flag("shapes", "shapes or cifar10: the settings to start from; every other flag changes one")
+    data: str = flag("shapes", "shapes (built in), cifar10 (downloaded), or a folder with one folder of images a class")
+    image_size: int = flag(16, "side of the square images in pixels; others are scaled and cropped to it")
+    flip: bool = flag(True, "mirror half of the images (the paper's only augmentation)")
+    cache: str = flag("runs/cache", "folder for prepared images")
     # the model (Table 1)
-    model: str = opt("", "DiT-S/2 .. DiT-XL/8: sets the next four at once")
-    patch_size: int = opt(4, "side p of a patch, in pixels")
-    hidden_size: int = opt(128, "width D")
-    depth: int = opt(4, "number of blocks")
-    num_heads: int = opt(4, "attention heads")
-    block: str = opt("adaln-zero", f"the paper's design: {', '.join(DESIGNS)}")
+    model: str = flag("", "DiT-S/2 .. DiT-XL/8: sets the next four at once")
+    patch_size: int = flag(4, "side p of a patch, in pixels")
+    hidden_size: int = flag(128, "width D")
+    depth: int = flag(4, "number of blocks")
+    num_heads: int = flag(4, "attention heads")
+    block: str = flag("adaln-zero", f"the paper's design: {', '.join(DESIGNS)}")
     # optimization: the paper's Sec. 4 where a preset says nothing else
-    steps: int = opt(400_000, "optimizer steps of the whole run")
-    batch_size: int = opt(256, "images in one optimizer step, over all processes and --accum parts")
-    accum: int = opt(1, "split each batch into so many parts, one after the other, to save memory")
-    lr: float = opt(1e-4, "learning rate of AdamW (no weight decay)")
-    lr_decay_steps: int = opt(0, "let the rate fall linearly to 0 over so many steps; 0 = constant, as in the paper")
-    beta2: float = opt(0.999, "AdamW's second beta")
-    ema_decay: float = opt(0.9999, "decay of the averaged weights that are sampled from; warms up in short runs")
-    label_drop: float = opt(0.1, "share of labels replaced by the null label, for guidance")
-    seed: int = opt(0, "determines initial weights, order, flips, noise: all that is random")
+    steps: int = flag(400_000, "optimizer steps of the whole run")
+    batch_size: int = flag(256, "images in one optimizer step, over all processes and --accum parts")
+    accum: int = flag(1, "split each batch into so many parts, one after the other, to save memory")
+    lr: float = flag(1e-4, "learning rate of AdamW (no weight decay)")
+    lr_decay_steps: int = flag(0, "let the rate fall linearly to 0 over so many steps; 0 = constant, as in the paper")
+    beta2: float = flag(0.999, "AdamW's second beta")
+    ema_decay: float = flag(0.9999, "decay of the averaged weights that are sampled from; warms up in short runs")
+    label_drop: float = flag(0.1, "share of labels replaced by the null label, for guidance")
+    seed: int = flag(0, "determines initial weights, order, flips, noise: all that is random")
     # the machine
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = opt("auto", "auto, fp32, bf16: auto is bf16 where the hardware multiplies in it")
-    compile: bool | None = opt(None, "torch.compile the model; by default on CUDA only")
-    grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = flag("auto", "auto, fp32, bf16: auto is bf16 where the hardware multiplies in it")
+    compile: bool | None = flag(None, "torch.compile the model; by default on CUDA only")
+    grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
     # what to leave behind
-    out: str = opt("", "folder of the run; default runs/PRESET")
-    log_every: int = opt(50, "steps between rows of log.csv; 0 = none")
-    ckpt_every: int = opt(5000, "steps between checkpoints; 0 = the last alone")
-    sample_every: int = opt(5000, "steps between sample grids; 0 = none")
-    cfg_scale: float = opt(4.0, "guidance of the sample grids")
-    resume: str = opt("", "folder of a run to go on with")
+    out: str = flag("", "folder of the run; default runs/PRESET")
+    log_every: int = flag(50, "steps between rows of log.csv; 0 = none")
+    ckpt_every: int = flag(5000, "steps between checkpoints; 0 = the last alone")
+    sample_every: int = flag(5000, "steps between sample grids; 0 = none")
+    cfg_scale: float = flag(4.0, "guidance of the sample grids")
+    resume: str = flag("", "folder of a run to go on with")
 
 
 PRESETS = {
@@ -106,30 +107,44 @@ PRESETS = {
                    log_every=100, ckpt_every=1000, sample_every=500, cfg_scale=2.0),
     # CIFAR-10 in pixel space with the paper's recipe; DiT-S/4 has the paper's 64 tokens of DiT-S/4 on latents.
     "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
-                    cfg_scale=3.0),
+                    ckpt_every=1000, sample_every=1000, cfg_scale=3.0),
 }
 
-# What --resume lets a flag change: all that does not make it another run.
-MAY_CHANGE = {"steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every", "ckpt_every",
+# What --resume lets a flag change: all that does not make it another run (of --data, train() compares what is in it).
+MAY_CHANGE = {"data", "steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every", "ckpt_every",
               "sample_every", "cfg_scale", "cache"}
+
+RANGES = {  # name: (at least, less than)
+    "image_size": (1, 4097), "patch_size": (1, math.inf), "hidden_size": (4, math.inf), "depth": (1, math.inf),
+    "num_heads": (1, math.inf), "steps": (1, math.inf), "batch_size": (1, math.inf), "accum": (1, math.inf),
+    "lr": (0, math.inf), "lr_decay_steps": (0, math.inf), "beta2": (0, 1), "ema_decay": (0, 1), "label_drop": (0, 1),
+    "seed": (0, 2 ** 63), "log_every": (0, math.inf), "ckpt_every": (0, math.inf), "sample_every": (0, math.inf),
+    "cfg_scale": (-1000, 1000)}
+
+
+def model_args(cfg, num_classes):
+    return dict(input_size=cfg.image_size, patch_size=cfg.patch_size, in_channels=3, hidden_size=cfg.hidden_size,
+                depth=cfg.depth, num_heads=cfg.num_heads, num_classes=num_classes, block=cfg.block)
 
 
 def check(cfg):
-    """UserError for the first setting that cannot be meant."""
-    at_least_1 = ["steps", "batch_size", "accum", "image_size", "patch_size", "hidden_size", "depth", "num_heads"]
-    at_least_0 = ["seed", "lr", "lr_decay_steps", "log_every", "ckpt_every", "sample_every"]
-    for name in at_least_1 + at_least_0 + ["beta2", "ema_decay", "label_drop"]:
-        low = int(name in at_least_1)
-        high = math.inf if name in at_least_1 + at_least_0 else 1
+    """UserError for the first setting that cannot be meant, before anything is read, made or written."""
+    for name, (low, high) in RANGES.items():
         if not low <= getattr(cfg, name) < high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be at least {low}"
-                            + (" and less than 1" if high == 1 else ""))
-    if not math.isfinite(cfg.cfg_scale):
-        raise UserError(f"--cfg-scale {cfg.cfg_scale} is no number to guide with: 1.0 is no guidance, 4.0 is strong")
+                            + (f" and less than {high}" if high < math.inf else ""))
     if cfg.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
     if cfg.batch_size % cfg.accum:
         raise UserError(f"--batch-size {cfg.batch_size} is not divisible by --accum {cfg.accum}")
+    try:
+        with torch.device("meta"):
+            DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    there = next(path for path in [Path(cfg.out), *Path(cfg.out).absolute().parents] if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write into {cfg.out}: name another folder by --out")
 
 
 def parse_args(argv):
@@ -137,16 +152,19 @@ def parse_args(argv):
     parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Config):
         yes_or_no = field.type in (bool, bool | None)
+        plain = PRESETS["shapes"].get(field.name, field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{field.metadata['help']} (default: {field.default!r})",
+                            help=field.metadata["help"] + ("" if plain in ("", None) else f" (shapes: {plain})"),
                             **(dict(action=argparse.BooleanOptionalAction) if yes_or_no else dict(type=field.type)))
     flags = vars(parser.parse_args(argv))
+    if flags.get("data") not in (None, "shapes", "cifar10"):
+        flags["data"] = os.path.abspath(flags["data"])             # to be found again from any folder
     if "resume" in flags:
         return resumed_config(flags)
-    preset, chosen = flags.get("preset", "shapes"), {}
+    preset = flags.get("preset", "shapes")
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
-    chosen.update(PRESETS[preset])
+    chosen = dict(PRESETS[preset])
     model = flags.get("model", chosen.get("model", ""))
     if model:
         if model not in DiT_models:
@@ -155,7 +173,7 @@ def parse_args(argv):
     cfg = Config(**{**chosen, **flags})
     if model and any(getattr(cfg, name) != size for name, size in DiT_models[model].keywords.items()):
         cfg.model = ""                                              # an explicit size makes it another model
-    cfg.out = cfg.out or f"runs/{preset}"
+    cfg.out = cfg.out or f"runs/{preset if cfg.data == PRESETS[preset]['data'] else Path(cfg.data).name}"
     check(cfg)
     if (Path(cfg.out) / "ckpt.pt").exists():
         raise UserError(f"{cfg.out} holds a run already: go on by --resume {cfg.out}, or name another folder by --out")
@@ -166,7 +184,8 @@ def resumed_config(flags):
     """The Config of the run in flags["resume"], with those flags that may change."""
     folder = flags.pop("resume")
     checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
-    config = checkpoint["config"]
+    config = dataclasses.asdict(Config())                           # an older version's may lack a field, or have more
+    config = {name: checkpoint["config"].get(name, default) for name, default in config.items()}
     different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
                  if name not in MAY_CHANGE and value != config[name]]
     if different:
@@ -184,7 +203,8 @@ def resumed_config(flags):
 
 class Source(NamedTuple):
     """A data set before its preparation."""
-    identity: list              # all that decides its pixels: the cache's key
+    identity: list              # which images these are, wherever they lie: a run is resumed on the same ones only
+    version: list               # whether a file was touched since
     class_names: list
     labels: list
     load: Callable              # i -> uint8 (I, I, 3)
@@ -223,6 +243,8 @@ def draw_shape(i, size):
 
 def center_crop(image, size):
     """A PIL image as uint8 (size, size, 3), by ADM's rule: halved by box filters, then bicubic, then its middle."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {image.mode}, not of 8 bits")
     image = ImageOps.exif_transpose(image).convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -236,7 +258,7 @@ def open_source(cfg):
     """The Source that --data names; UserError if there is none."""
     if cfg.data == "shapes":
         labels = [i % len(SHAPES) for i in range(20_000)]
-        return Source(["shapes", len(labels)], list(SHAPES), labels, lambda i: draw_shape(i, cfg.image_size))
+        return Source(["shapes", len(labels)], [], list(SHAPES), labels, lambda i: draw_shape(i, cfg.image_size))
     import torchvision.datasets  # which takes a second that shapes need not wait
 
     if cfg.data == "cifar10":
@@ -244,13 +266,14 @@ def open_source(cfg):
             data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot get CIFAR-10 ({error}): name a folder of images by --data") from None
-        return Source(["cifar10"], data.classes, data.targets,
+        return Source(["cifar10", len(data.targets)], [], data.classes, data.targets,
                       lambda i: center_crop(Image.fromarray(data.data[i]), cfg.image_size))
     try:
         samples = torchvision.datasets.ImageFolder(cfg.data)
+        paths = [path for path, _ in samples.samples]
+        stats = [os.stat(path) for path in paths]
     except (OSError, RuntimeError) as error:
         raise UserError(f"no images in --data {cfg.data} ({error}): it should hold one folder a class") from None
-    paths = [path for path, _ in samples.samples]
 
     def load(i):
         try:
@@ -258,8 +281,12 @@ def open_source(cfg):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {paths[i]} ({error}): repair or remove it") from None
 
-    files = [(os.path.relpath(path, cfg.data), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    return Source([os.path.abspath(cfg.data), files], samples.classes, samples.targets, load)
+    identity = [(os.path.relpath(path, cfg.data), stat.st_size) for path, stat in zip(paths, stats, strict=True)]
+    return Source(identity, [stat.st_mtime_ns for stat in stats], samples.classes, samples.targets, load)
+
+
+def digest(*values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def prepare_data(cfg, source):
@@ -267,13 +294,13 @@ def prepare_data(cfg, source):
 
     They are written into a folder of another name, which is renamed when whole.
     """
-    key = hashlib.sha256(json.dumps([source.identity, cfg.image_size]).encode()).hexdigest()[:16]
-    whole = Path(cfg.cache) / f"{Path(cfg.data).name}-{cfg.image_size}-{key}"
+    n, side = len(source.labels), cfg.image_size
+    probe = [source.load(i).tobytes() for i in np.linspace(0, n - 1, 20).astype(int)]     # the code counts, too
+    name = f"{Path(cfg.data).name}-{side}-{digest(source.identity, source.version, source.labels, probe)}"
+    whole, part = Path(cfg.cache) / name, Path(cfg.cache) / f"{name}.part-{os.getpid()}"
     if not whole.exists():
-        part = Path(f"{whole}.part-{os.getpid()}")
         try:
             part.mkdir(parents=True)
-            n, side = len(source.labels), cfg.image_size
             images = np.lib.format.open_memmap(part / "images.npy", mode="w+", dtype=np.uint8, shape=(n, 3, side, side))
             with (ThreadPoolExecutor(os.cpu_count()) as pool,       # decoding lets go of Python's lock
                   tqdm(total=n, desc=f"preparing {cfg.data}", unit="image") as bar):
@@ -285,7 +312,8 @@ def prepare_data(cfg, source):
             np.save(part / "labels.npy", np.array(source.labels))
             os.rename(part, whole)
         except OSError as error:
-            raise UserError(f"cannot prepare the images in {cfg.cache} ({error}): name another by --cache") from None
+            if not whole.exists():                                  # else another run was faster, which serves as well
+                raise UserError(f"cannot write into {cfg.cache} ({error}): name another by --cache") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return np.load(whole / "images.npy", mmap_mode="r"), np.load(whole / "labels.npy")
@@ -407,10 +435,13 @@ class Log:
 
 
 def open_run(cfg, step):
-    """The run's folder, ready to write into, and its Log."""
+    """The run's folder, ready to write into, and its Log. A run from its start leaves nothing of an earlier one."""
     out = Path(cfg.out)
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
+        for picture in (out / "samples").glob("[0-9]" * 6 + ".png"):
+            if int(picture.stem) > step:
+                picture.unlink()
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
         return Log(out / "log.csv", step)
     except OSError as error:
@@ -433,6 +464,19 @@ class Diverged(UserError):
     status = 3
 
 
+def announce(cfg, rt, model, n, classes):
+    """What will be run, in a line; and what may surprise."""
+    print(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {n} "
+          f"images, {classes} classes, {cfg.steps * cfg.batch_size / n:.1f} epochs; {rt.device}, "
+          f"{str(rt.dtype).removeprefix('torch.')}; {cfg.out}", flush=True)
+    if 0 < cfg.lr_decay_steps < cfg.steps:
+        print(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0 and nothing is learned")
+
+
+def progress_bar(steps, start):
+    return tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+
+
 def train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step):
     """One optimizer step on the batch and one of the averaged weights: (loss, mse, vb, grad_norm), on the device."""
     totals = 0
@@ -453,45 +497,38 @@ def train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step):
     return torch.cat([totals, grad_norm[None]])
 
 
-def build(cfg, source):
-    """(model_args, model on the CPU), the weights a function of the seed; UserError if its sizes do not fit."""
-    model_args = dict(input_size=cfg.image_size, patch_size=cfg.patch_size, in_channels=3, hidden_size=cfg.hidden_size,
-                      depth=cfg.depth, num_heads=cfg.num_heads, num_classes=len(source.class_names), block=cfg.block)
-    torch.manual_seed(cfg.seed)
-    try:
-        return model_args, DiT(**model_args)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def train(cfg):
     """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
-    rt, out, source = Runtime(cfg), Path(cfg.out), open_source(cfg)
-    model_args, original = build(cfg, source)
+    rt, out, source, start = Runtime(cfg), Path(cfg.out), open_source(cfg), 0
+    data_digest = digest(source.identity, source.class_names)
+    if cfg.resume:
+        state = load_checkpoint(out / "ckpt.pt")
+        if state["config"].get("data_digest", data_digest) != data_digest:
+            raise UserError(f"--data {cfg.data} does not hold the images that {out} was trained on: bring them back, "
+                            "or start anew by --out")
     images, labels = prepare_data(cfg, source)
+    torch.manual_seed(cfg.seed)
+    original = DiT(**model_args(cfg, len(source.class_names)))
     ema = copy.deepcopy(original).to(rt.device).requires_grad_(False)
     model = rt.prepare(original.to(rt.device))
     opt = torch.optim.AdamW(original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
-    diffusion, start = GaussianDiffusion().to(rt.device), 0
+    diffusion = GaussianDiffusion().to(rt.device)
     if cfg.resume:
-        state = load_checkpoint(out / "ckpt.pt")
         original.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         opt.load_state_dict(state["opt"])
         start = state["step"]
+        del state
     log = open_run(cfg, start)
-    print(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in original.parameters()) / 1e6:.2f} M parameters; "
-          f"{len(labels)} images, {len(source.class_names)} classes, {cfg.steps * cfg.batch_size / len(labels):.1f} "
-          f"epochs; {rt.device}, {str(rt.dtype).removeprefix('torch.')}; {out}")
+    announce(cfg, rt, original, len(labels), len(source.class_names))
 
     finite = torch.ones((), dtype=torch.bool, device=rt.device)
     logged, clock = start, time.perf_counter()
-    with rt.catching_signals(), tqdm(total=cfg.steps, initial=start, unit="step",
-                                     mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+    with rt.catching_signals(), progress_bar(cfg.steps, start) as bar:
         for step in range(start + 1, cfg.steps + 1):
             batch = draw_batch(cfg, images, labels, step)
             numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step)
-            finite &= numbers[0].isfinite()
+            finite &= numbers.isfinite().all()                      # a gradient may overflow before the loss does
             bar.update()
             stop, last = rt.stop, step == cfg.steps
             log_due, sample_due, save_due = (every > 0 and (last or step % every == 0)
@@ -499,8 +536,8 @@ def train(cfg):
             if not (log_due or sample_due or save_due or last or stop):
                 continue                                            # without waiting for the device
             if not finite:
-                raise Diverged(f"the loss is no number at step {step} or shortly before; no file was touched since: "
-                               f"--resume {out} from its checkpoint, or start anew with a lower --lr than {cfg.lr}")
+                raise Diverged(f"loss or gradient is no number at step {step} or shortly before; no file was touched"
+                               f" since. Start anew with a lower --lr than {cfg.lr}, or with --dtype fp32")
             now = time.perf_counter()
             if log_due:
                 speed = (step - logged) * cfg.batch_size / (now - clock)
@@ -510,18 +547,17 @@ def train(cfg):
             if save_due or last or stop:
                 save_checkpoint(out / "ckpt.pt", to_cpu(dict(
                     model=original.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-                    config=dataclasses.asdict(cfg), model_args=model_args, class_names=source.class_names)))
-            if stop:
-                break
+                    config=dict(dataclasses.asdict(cfg), data_digest=data_digest),
+                    model_args=model_args(cfg, len(source.class_names)), class_names=source.class_names)))
+            if stop and not last:
+                print(f"stopped and saved at step {step}; go on with: python train.py --resume {shlex.quote(cfg.out)}")
+                return
             if sample_due:
                 save_samples(cfg, ema, source.class_names, out / "samples" / f"{step:06d}.png")
             clock += time.perf_counter() - now                      # pictures and checkpoints are not training
-    if step < cfg.steps:
-        print(f"stopped and saved at step {step}; go on with: python train.py --resume {out}")
-    else:
-        print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
-              f"  python sample.py {out}/ckpt.pt\n"
-              f"  python sample.py {out}/ckpt.pt --classes {source.class_names[0]} --cfg-scale 1 --gif film.gif")
+    command = f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')}"
+    print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
+          f"{command}\n{command} --classes 0 --cfg-scale 1 --gif film.gif")
 
 
 def main(argv):
