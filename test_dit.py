@@ -10,6 +10,7 @@ import ast
 import csv
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -1243,6 +1244,19 @@ def test_commands_end_a_mistake_in_one_line_and_status_2(tmp_path):
         process = start(script, *argv, cwd=tmp_path)
         out, err = process.communicate()
         assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith(script)
+
+
+def test_what_the_machine_lacks_is_said_in_one_line(folder, tmp_path, monkeypatch):
+    process = start("train.py", *TINY, "--compile", "--data", folder, "--cache", tmp_path / "c", "--out", tmp_path,
+                    env=os.environ | {"CXX": "/no/compiler"})
+    _, err = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in err and "--no-compile" in err.splitlines()[-1]
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(sample.UserError, match="--accum"):
+        train_tiny(folder, tmp_path / "run")
 
 
 def test_a_signal_ends_the_run_whole(folder, tmp_path):

@@ -473,6 +473,13 @@ def announce(cfg, rt, model, n, classes):
         print(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0 and nothing is learned")
 
 
+def farewell(out):
+    """What is there now, and what to try next."""
+    command = f"  python sample.py {shlex.quote(out + '/ckpt.pt')}"
+    print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
+          f"{command}\n{command} --classes 0 --cfg-scale 1 --gif film.gif")
+
+
 def progress_bar(steps, start):
     return tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
 
@@ -555,13 +562,20 @@ def train(cfg):
             if sample_due:
                 save_samples(cfg, ema, source.class_names, out / "samples" / f"{step:06d}.png")
             clock += time.perf_counter() - now                      # pictures and checkpoints are not training
-    command = f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')}"
-    print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
-          f"{command}\n{command} --classes 0 --cfg-scale 1 --gif film.gif")
+    farewell(cfg.out)
 
 
 def main(argv):
-    train(parse_args(argv))
+    cfg = parse_args(argv)
+    try:
+        train(cfg)
+    except torch.OutOfMemoryError:
+        raise UserError("the device's memory does not hold this: raise --accum, or take --grad-checkpoint or a smaller "
+                        "--batch-size") from None
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise UserError(f"torch.compile does not work here: take --no-compile ({str(error)[:200]})") from None
+        raise
 
 
 if __name__ == "__main__":
