@@ -92,7 +92,7 @@ class Config:
     compile: bool | None = flag(None, "torch.compile the model; by default on CUDA only")
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
     # what to leave behind
-    out: str = flag("", "folder of the run; default runs/PRESET")
+    out: str = flag("", "folder of the run; default runs/PRESET, or runs/FOLDER with --data FOLDER")
     log_every: int = flag(50, "steps between rows of log.csv; 0 = none")
     ckpt_every: int = flag(5000, "steps between checkpoints; 0 = the last alone")
     sample_every: int = flag(5000, "steps between sample grids; 0 = none")
