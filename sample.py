@@ -103,6 +103,11 @@ def load_model(path_or_name, device="cpu"):
     return model.to(device).eval().requires_grad_(False), info
 
 
+def default_guidance(config):
+    """The guidance of a run's pictures unless asked otherwise; 1, which is none, if it trained no null class."""
+    return config["cfg_scale"] if config["label_drop"] > 0 else 1.0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
 
@@ -219,10 +224,9 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     model, info = load_model(args.checkpoint, pick_device(args.device))
-    has_null_class = info["config"]["label_drop"] > 0
     if args.cfg_scale is None:
-        args.cfg_scale = info["config"]["cfg_scale"] if has_null_class else 1.0
-    if args.cfg_scale != 1 and not has_null_class:
+        args.cfg_scale = default_guidance(info["config"])
+    if args.cfg_scale != 1 and info["config"]["label_drop"] == 0:
         raise UserError("this checkpoint was trained without label dropout, so it has no null class to guide against: "
                         "take --cfg-scale 1")
     classes = parse_classes(args.classes, info["class_names"])

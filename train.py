@@ -44,6 +44,7 @@ from dit import DESIGNS, DiT, DiT_models, GaussianDiffusion
 from sample import (
     Parser,
     UserError,
+    default_guidance,
     grid_image,
     load_checkpoint,
     parse_classes,
@@ -354,9 +355,8 @@ class Runtime:
 
     def __init__(self, cfg):
         self.device = pick_device(cfg.device)
-        self.cuda = self.device.type == "cuda"
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
-        self.compile = self.cuda if cfg.compile is None else cfg.compile
+        self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
         self.grad_checkpoint = cfg.grad_checkpoint
         self.stop = False
 
@@ -451,7 +451,7 @@ def open_run(cfg, step):
 def save_samples(cfg, ema, class_names, path):
     """A grid of guided samples, a row a class, the same noise every time."""
     labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
-    images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=cfg.cfg_scale if cfg.label_drop else 1)
+    images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=default_guidance(dataclasses.asdict(cfg)))
     grid_image(to_uint8(images), 8).save(path)
 
 
