@@ -9,6 +9,7 @@ All that concerns the model (sizes, classes, pixels) is in the checkpoint. Image
 and i alone, so that neither the number of images nor the batch size changes it.
 """
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -49,10 +50,25 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"{Path(sys.argv[0]).name}{rank}: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb", **kwargs):
+    """A file to write that takes the name `path` when it is whole and on the disk; until then, what was there stays."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def pick_device(name):
@@ -75,10 +91,13 @@ def pick_device(name):
 # Models
 
 
-def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU. Nothing in the file is executed. UserError if it is no such file."""
+def load_checkpoint(path, mmap=False):
+    """The dict that train.py saved, on the CPU. Nothing in the file is executed. UserError if it is no such file.
+
+    mmap reads a tensor when it is used; without it every byte is read at once, and checked.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: give the path of a ckpt.pt that train.py wrote") from None
     except Exception:                                               # the bytes decide what the unpickler raises

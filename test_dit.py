@@ -798,9 +798,13 @@ TINY = ("--image-size 8 --patch-size 2 --hidden-size 32 --depth 2 --num-heads 4 
         "--batch-size 8 --steps 6 --log-every 1 --ckpt-every 3 --sample-every 0").split()
 
 
+def tiny_flags(folder, out, *flags):
+    return [*TINY, "--data", str(folder), "--cache", str(out.parent / "cache"), "--out", str(out), *flags]
+
+
 def train_tiny(folder, out, *flags):
     """A run of six steps; returns its checkpoint."""
-    train.main([*TINY, "--data", str(folder), "--cache", str(out.parent / "cache"), "--out", str(out), *flags])
+    train.main(tiny_flags(folder, out, *flags))
     return torch.load(out / "ckpt.pt", weights_only=True)
 
 
@@ -984,16 +988,18 @@ def test_timesteps_drops_flips_and_noise_have_the_paper_s_distributions():
 
 
 def setup_step(accum=1, **settings):
-    cfg = train.Config(batch_size=4, accum=accum, label_drop=0.5, device="cpu", dtype="fp32", **settings)
-    model = tiny_dit()
-    ema = tiny_dit()
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
+    cfg = train.Config(batch_size=4, accum=accum, label_drop=0.5, device="cpu", dtype="fp32", image_size=8,
+                       patch_size=2, hidden_size=32, depth=2, num_heads=4, **settings)
+    rt = train.Runtime(cfg)
+    training = train.Training(cfg, rt, 5)
+    training.original.load_state_dict(tiny_dit().state_dict())
+    training.ema.load_state_dict(tiny_dit().state_dict())
     images = np.random.default_rng(0).integers(256, size=(12, 3, 8, 8), dtype=np.uint8)
 
     def step(k):
         batch = train.draw_batch(cfg, images, np.arange(12) % 5, k)
-        return train.train_step(cfg, train.Runtime(cfg), model, model, ema, opt, GaussianDiffusion(), batch, k), batch
-    return model, ema, opt, step
+        return train.train_step(cfg, rt, training, GaussianDiffusion(), batch, k), batch
+    return training.original, training.ema, training.opt, step
 
 
 def test_step_is_adamw_on_the_mean_loss_of_the_batch():
@@ -1073,10 +1079,13 @@ def test_a_run_leaves_checkpoint_log_config_and_resumes_to_the_same_bits(block, 
 
 
 def test_resuming_cuts_the_rows_after_the_checkpoint(tmp_path):
-    log = train.Log(tmp_path / "log.csv", 0)
+    cfg = train.Config(out=str(tmp_path))
+    folder = train.Folder(cfg, 0)
     for step in range(1, 6):
-        log.row(step, 0.1, 1 / 3, 0.0, 1.0, 2.0)
-    train.Log(tmp_path / "log.csv", 3)
+        folder.row(step, 0.1, 1 / 3, 0.0, 1.0, 2.0)
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("1")                                                           # of 10: the run was killed in the row
+    train.Folder(cfg, 3)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert [row["step"] for row in rows] == ["1", "2", "3"] and float(rows[0]["mse"]) == 1 / 3
 
@@ -1114,15 +1123,16 @@ def test_grad_checkpoint_computes_blocks_twice_and_changes_no_bit(folder, tmp_pa
 
 
 def test_a_checkpoint_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
-    train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
+    folder = train.Folder(train.Config(out=str(tmp_path)), 0)
+    folder.save({"step": 1})
 
     def cut_off(state, file):
         file.write(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", cut_off)
-    with pytest.raises(OSError):
-        train.save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
-    assert torch.load(tmp_path / "ckpt.pt") == {"step": 1}
+    with pytest.raises(sample.UserError, match="disk full.*--resume"):
+        folder.save({"step": 2})
+    assert torch.load(tmp_path / "ckpt.pt") == {"step": 1} and not list(tmp_path.glob("*.part"))
 
 
 def test_a_run_goes_on_only_with_the_images_it_began_with(folder, tmp_path):
@@ -1140,13 +1150,12 @@ def test_a_run_goes_on_only_with_the_images_it_began_with(folder, tmp_path):
 def test_a_short_run_learns():
     """150 steps on shapes beat the best that is possible for white noise of the same variance."""
     torch.manual_seed(0)
-    cfg = train.Config(**train.PRESETS["shapes"] | dict(lr_decay_steps=0, device="cpu"))
+    cfg = train.Config(**train.PRESETS["shapes"] | dict(lr_decay_steps=0, device="cpu", hidden_size=64, depth=2))
     images = np.stack([train.draw_shape(i, 16) for i in range(500)]).transpose(0, 3, 1, 2)
-    model = DiT(16, 4, 3, 64, 2, 4, num_classes=10)
-    opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0)
-    rt, ema, diffusion = train.Runtime(cfg), DiT(16, 4, 3, 64, 2, 4, num_classes=10), GaussianDiffusion()
+    rt, diffusion = train.Runtime(cfg), GaussianDiffusion()
+    training = train.Training(cfg, rt, 10)
     batches = (train.draw_batch(cfg, images, np.arange(500) % 10, k) for k in range(1, 151))
-    mse = [train.train_step(cfg, rt, model, model, ema, opt, diffusion, batch, k)[1].item()
+    mse = [train.train_step(cfg, rt, training, diffusion, batch, k)[1].item()
            for k, batch in enumerate(batches, start=1)]
     variance = (images / 127.5 - 1).var()
     bound = np.mean([a * variance / (a * variance + 1 - a) for a in ALPHA_BAR])

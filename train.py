@@ -5,12 +5,14 @@
     python train.py --preset cifar10 --data FOLDER              # your pictures, one folder a class
     python train.py --preset cifar10 --block in-context         # another of the paper's four designs
     python train.py --resume runs/shapes                        # go on where a run stopped
+    torchrun --nproc_per_node=8 train.py --preset cifar10       # one process on each of 8 GPUs
+    python train.py --preset cifar10 --device xla               # all chips of a TPU machine, or of a pod
 
 A run's folder, runs/PRESET or --out, receives ckpt.pt, log.csv (step, loss, mse, vb, grad_norm, images_per_sec),
 config.json and samples/*.png. Look at the pictures with sample.py.
 
-Everything random in training is a function of (seed, step, example). A resumed run is therefore the same run, and a
-checkpoint needs no random state.
+Everything random in training is a function of (seed, step, example). A run on one process, on eight, on a TPU, or
+resumed after a crash is therefore the same run, and a checkpoint needs no random state.
 """
 import argparse
 import colorsys
@@ -18,6 +20,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -26,6 +29,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -35,9 +39,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint as checkpointed
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from dit import DESIGNS, DiT, DiT_models, GaussianDiffusion
@@ -49,6 +56,7 @@ from sample import (
     load_checkpoint,
     parse_classes,
     pick_device,
+    replacing,
     run,
     sample_images,
     to_uint8,
@@ -79,7 +87,7 @@ class Config:
     block: str = flag("adaln-zero", f"the paper's design: {', '.join(DESIGNS)}")
     # optimization: the paper's Sec. 4 where a preset says nothing else
     steps: int = flag(400_000, "optimizer steps of the whole run")
-    batch_size: int = flag(256, "images in one optimizer step, over all processes and --accum parts")
+    batch_size: int = flag(256, "images in one optimizer step, over all devices and --accum parts")
     accum: int = flag(1, "split each batch into so many parts, one after the other, to save memory")
     lr: float = flag(1e-4, "learning rate of AdamW (no weight decay)")
     lr_decay_steps: int = flag(0, "let the rate fall linearly to 0 over so many steps; 0 = constant, as in the paper")
@@ -88,7 +96,7 @@ class Config:
     label_drop: float = flag(0.1, "share of labels replaced by the null label, for guidance")
     seed: int = flag(0, "determines initial weights, order, flips, noise: all that is random")
     # the machine
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, or xla for a TPU")
     dtype: str = flag("auto", "auto, fp32, bf16: auto is bf16 where the hardware multiplies in it")
     compile: bool | None = flag(None, "torch.compile the model; by default on CUDA only")
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
@@ -136,8 +144,6 @@ def check(cfg):
                             + (f" and less than {high}" if high < math.inf else ""))
     if cfg.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
-    if cfg.batch_size % cfg.accum:
-        raise UserError(f"--batch-size {cfg.batch_size} is not divisible by --accum {cfg.accum}")
     try:
         with torch.device("meta"):
             DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
@@ -184,17 +190,17 @@ def parse_args(argv):
 def resumed_config(flags):
     """The Config of the run in flags["resume"], with those flags that may change."""
     folder = flags.pop("resume")
-    checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
+    saved = load_checkpoint(Path(folder) / "ckpt.pt", mmap=True)    # only its settings are looked at here
     config = dataclasses.asdict(Config())                           # an older version's may lack a field, or have more
-    config = {name: checkpoint["config"].get(name, default) for name, default in config.items()}
+    config = {name: saved["config"].get(name, default) for name, default in config.items()}
     different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
                  if name not in MAY_CHANGE and value != config[name]]
     if different:
         raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start anew by --out")
     cfg = Config(**{**config, **flags, "out": folder, "resume": folder})
     check(cfg)
-    if cfg.steps <= checkpoint["step"]:
-        raise UserError(f"{folder} has done {checkpoint['step']} steps already: ask for more by --steps")
+    if cfg.steps <= saved["step"]:
+        raise UserError(f"{folder} has done {saved['step']} steps already: ask for more by --steps")
     return cfg
 
 
@@ -290,31 +296,47 @@ def digest(*values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
+def sweep(cache):
+    """Remove what preparations that were killed on this machine have left."""
+    for part in Path(cache).glob(f"*.part-{socket.gethostname()}-*"):
+        try:
+            os.kill(int(part.name.rpartition("-")[2]), 0)           # signal 0: is there such a process?
+        except ProcessLookupError:
+            shutil.rmtree(part, ignore_errors=True)
+        except PermissionError:
+            pass                                                    # there is, another user's
+
+
 def prepare_data(cfg, source):
     """(images, labels), memory-mapped: made on the first call for this source and size, found again afterwards.
 
-    They are written into a folder of another name, which is renamed when whole.
+    They are written into a folder of another name, which is renamed when whole and on the disk.
     """
     n, side = len(source.labels), cfg.image_size
     probe = [source.load(i).tobytes() for i in np.linspace(0, n - 1, 20).astype(int)]     # the code counts, too
     name = f"{Path(cfg.data).name}-{side}-{digest(source.identity, source.version, source.labels, probe)}"
-    whole, part = Path(cfg.cache) / name, Path(cfg.cache) / f"{name}.part-{os.getpid()}"
+    whole, part = Path(cfg.cache) / name, Path(cfg.cache) / f"{name}.part-{socket.gethostname()}-{os.getpid()}"
     if not whole.exists():
         try:
+            if os.name == "posix":                                  # elsewhere, signal 0 is no question
+                sweep(cfg.cache)
             part.mkdir(parents=True)
-            images = np.lib.format.open_memmap(part / "images.npy", mode="w+", dtype=np.uint8, shape=(n, 3, side, side))
-            with (ThreadPoolExecutor(os.cpu_count()) as pool,       # decoding lets go of Python's lock
+            with (replacing(part / "images.npy") as file,           # not mapped: a full disk would kill, not raise
+                  ThreadPoolExecutor(os.cpu_count()) as pool,       # decoding lets go of Python's lock
                   tqdm(total=n, desc=f"preparing {cfg.data}", unit="image") as bar):
+                np.lib.format.write_array_header_1_0(
+                    file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
                 for start in range(0, n, 256):
-                    for i, image in enumerate(pool.map(source.load, range(start, min(start + 256, n))), start):
-                        images[i] = image.transpose(2, 0, 1)
+                    for image in pool.map(source.load, range(start, min(start + 256, n))):
+                        file.write(image.transpose(2, 0, 1).tobytes())
                         bar.update()
-            images.flush()
-            np.save(part / "labels.npy", np.array(source.labels))
+            with replacing(part / "labels.npy") as file:
+                np.save(file, np.array(source.labels))
             os.rename(part, whole)
         except OSError as error:
             if not whole.exists():                                  # else another run was faster, which serves as well
-                raise UserError(f"cannot write into {cfg.cache} ({error}): name another by --cache") from None
+                raise UserError(f"cannot write into {cfg.cache} ({error}): make room, or name another by --cache"
+                                ) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return np.load(whole / "images.npy", mmap_mode="r"), np.load(whole / "labels.npy")
@@ -329,8 +351,11 @@ def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch, ORDER)).permutation(n)
 
 
-def draw_batch(cfg, images, labels, step):
-    """(x, y, t, noise, drop) of a step, the global batch, as CPU tensors: a function of (seed, step) and the data."""
+def draw_batch(cfg, images, labels, step, share=slice(None)):
+    """(x, y, t, noise, drop) of a step as CPU tensors: a function of (seed, step) and the data.
+
+    All is drawn for the global batch, so that it does not depend on who asks; `share` is the part that is returned.
+    """
     def rng(purpose):
         return np.random.default_rng((cfg.seed, step, purpose))
 
@@ -338,27 +363,43 @@ def draw_batch(cfg, images, labels, step):
     epoch, place = np.divmod(position, len(labels))
     index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place, strict=True)])
     flip = (rng(FLIP).random(cfg.batch_size) < 0.5) & cfg.flip
+    t = rng(TIME).integers(1000, size=cfg.batch_size)
+    noise = rng(NOISE).standard_normal((cfg.batch_size, *images.shape[1:]), dtype=np.float32)
+    drop = rng(DROP).random(cfg.batch_size) < cfg.label_drop
+    index, flip = index[share], flip[share]
     x = images[index]
     x = np.where(flip[:, None, None, None], x[..., ::-1], x)
-    t = rng(TIME).integers(1000, size=cfg.batch_size)
-    noise = rng(NOISE).standard_normal(x.shape, dtype=np.float32)
-    drop = rng(DROP).random(cfg.batch_size) < cfg.label_drop
-    return tuple(map(torch.from_numpy, (x, labels[index], t, noise, drop)))
+    return tuple(map(torch.from_numpy, (x, labels[index], t[share], noise[share], drop[share])))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Devices: the only place that knows what the loop runs on
+# Devices and processes: the only place that knows what the loop runs on
 
 
 class Runtime:
-    """The device, its dtype, and what they ask to be done to a model. One process is rank 0 of 1."""
+    """One process on one device: rank 0 of 1. Its two subclasses give the loop more of both, under the same names.
+
+    A batch is divided over `shares` devices. This process loads part `rank` of `world` of it; on its machine it is
+    process number local_rank. `control` is the group in which processes agree on what has nothing to do with tensors.
+    """
+    rank, world, local_rank, shares, control = 0, 1, 0, 1, None
+    launcher = "python"
 
     def __init__(self, cfg):
-        self.device = pick_device(cfg.device)
+        self.device = self.open_device(cfg.device)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
         self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
-        self.grad_checkpoint = cfg.grad_checkpoint
+        self.checkpoint = self.checkpoint_function() if cfg.grad_checkpoint else None
         self.stop = False
+        if cfg.batch_size % (self.shares * cfg.accum):
+            raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {self.shares} devices times --accum "
+                            f"{cfg.accum}: take a multiple of {self.shares * cfg.accum}")
+
+    def close(self):
+        """Nothing to take leave of."""
+
+    def open_device(self, name):
+        return pick_device(name)
 
     def natural_dtype(self):
         """bfloat16 where the hardware multiplies in it, else float32."""
@@ -366,25 +407,78 @@ class Runtime:
                     "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
         return torch.bfloat16 if has_bf16.get(self.device.type, lambda: False)() else torch.float32
 
+    # what is trained
+
+    def checkpoint_function(self):
+        return functools.partial(checkpoint, use_reentrant=False)
+
     def prepare(self, model):
         """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
-        if self.grad_checkpoint:
+        if self.checkpoint:
             for block in model.blocks:
-                block.forward = functools.partial(checkpointed, block.forward, use_reentrant=False)
+                block.forward = functools.partial(self.checkpoint, block.forward)
+        model = self.parallel(model)
         return torch.compile(model) if self.compile else model
+
+    def parallel(self, model):
+        """The model that exchanges its gradients with the other processes'."""
+        return model
+
+    def optimizer(self, parameters, fused=True, **kwargs):
+        return torch.optim.AdamW(parameters, fused=fused, **kwargs)
+
+    # a step
+
+    def share(self, n):
+        """The part of a batch of n that this process loads."""
+        return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def put(self, tensors):
         return [tensor.to(self.device) for tensor in tensors]
 
     def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def accumulating(self, last):
+        """The context of one of --accum parts: the gradients of the processes need to meet in the last one only."""
+        return contextlib.nullcontext()
+
+    def finish_step(self):
+        """The end of what may be computed as one."""
+
+    # agreement
+
+    def mean(self, numbers):
+        """The mean over all processes, as a list."""
+        return numbers.tolist()
+
+    def any(self, flag):
+        """Whether `flag` is true in any process."""
+        flag = torch.tensor(int(flag))
+        if self.world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return bool(flag)
+
+    @contextlib.contextmanager
+    def first_here(self):
+        """Inside, the first process of each machine is done before its others begin."""
+        if self.local_rank > 0:
+            self.any(False)
+        yield
+        if self.local_rank == 0:
+            self.any(False)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
 
     @contextlib.contextmanager
     def catching_signals(self):
-        """Inside, the first Ctrl-C or SIGTERM sets .stop, so that the loop can finish its step and save."""
+        """Inside, Ctrl-C or SIGTERM sets .stop, so that the loop can finish its step and save."""
         def handler(number, frame):
+            if self.stop and number == signal.SIGINT and self.world == 1:     # launchers may pass on a signal twice
+                raise KeyboardInterrupt
             self.stop = True
-            signal.signal(number, before[number])                   # the second one takes effect at once
 
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -392,6 +486,117 @@ class Runtime:
         finally:
             for number in before:
                 signal.signal(number, before[number])
+
+
+class TorchrunRuntime(Runtime):
+    """One process a device, started by torchrun on one or several machines. DDP averages the gradients."""
+
+    def __init__(self, cfg):
+        self.rank, self.world, self.local_rank = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        self.shares, self.launcher = self.world, f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+        super().__init__(cfg)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))     # data take their time
+
+    def close(self):
+        dist.destroy_process_group()
+
+    def open_device(self, name):
+        if name not in ("auto", "cuda", "cpu"):
+            raise UserError(f"--device {name} is one device: under torchrun take auto, cuda or cpu")
+        if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if 0 < torch.cuda.device_count() <= self.local_rank:
+            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: let torchrun start one process for "
+                            f"each, by --nproc_per_node={torch.cuda.device_count()}")
+        return pick_device(f"cuda:{self.local_rank}")
+
+    def parallel(self, model):
+        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return self.ddp
+
+    def accumulating(self, last):
+        return contextlib.nullcontext() if last else self.ddp.no_sync()
+
+    def mean(self, numbers):
+        numbers = numbers.cpu()
+        dist.all_reduce(numbers, group=self.control)
+        return (numbers / self.world).tolist()
+
+
+class XLARuntime(Runtime):
+    """One process a machine for all its TPU chips. The program is that of the global batch; torch_xla's SPMD divides
+    the batch over the chips of all machines, and the compiler adds the exchange."""
+
+    def __init__(self, cfg):
+        if "LOCAL_RANK" in os.environ:                              # its processes would all believe to be rank 0 of 1
+            raise UserError("--device xla drives all chips of a machine from one process: start it without torchrun")
+        if cfg.compile:
+            raise UserError("--device xla compiles by itself: leave --compile out")
+        try:
+            import torch_xla
+            import torch_xla.backends
+            import torch_xla.distributed.spmd as spmd
+            import torch_xla.runtime as xr
+        except ImportError as error:
+            raise UserError(f"--device xla needs torch_xla ({error}): pip install -e '.[tpu]'") from None
+        xr.use_spmd()                                               # before anything touches a device
+        self.torch_xla, self.spmd, self.mesh = torch_xla, spmd, spmd.get_1d_mesh("data")
+        self.rank, self.world, self.shares = xr.process_index(), xr.process_count(), xr.global_runtime_device_count()
+        self.on_tpu = xr.device_type() == "TPU"
+        super().__init__(cfg)
+        if self.on_tpu and self.dtype == torch.float32:
+            torch_xla.backends.set_mat_mul_precision("highest")     # it would multiply in bfloat16 otherwise
+        if self.world > 1:
+            import torch_xla.distributed.xla_backend  # noqa: F401  (which registers xla://)
+
+            dist.init_process_group("gloo", init_method="xla://", timeout=datetime.timedelta(days=7))
+
+    def open_device(self, name):
+        return self.torch_xla.device()
+
+    def natural_dtype(self):
+        return torch.bfloat16 if self.on_tpu else torch.float32
+
+    def checkpoint_function(self):
+        from torch_xla.utils.checkpoint import checkpoint  # torch's own cannot run there
+
+        return checkpoint
+
+    def prepare(self, model):
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.forward = functools.partial(layer_norm, module)
+        return super().prepare(model)
+
+    def optimizer(self, parameters, **kwargs):
+        return super().optimizer(parameters, fused=False, **kwargs)
+
+    def put(self, tensors):
+        from torch_xla.core.xla_model import send_cpu_data_to_device
+
+        return [send_cpu_data_to_device(tensor, self.device, self.spmd.ShardingSpec(
+            self.mesh, ("data",) + (None,) * (tensor.dim() - 1), minibatch=True))[0] for tensor in tensors]
+
+    def finish_step(self):
+        self.torch_xla.sync()
+
+
+def layer_norm(norm, x):
+    """nn.LayerNorm by its formula. torch_xla's own merges batch and tokens: all chips would gather the whole batch."""
+    variance, mean = torch.var_mean(x.float(), dim=-1, correction=0, keepdim=True)
+    x = (x - mean) * torch.rsqrt(variance + norm.eps)
+    return x if norm.weight is None else x * norm.weight + norm.bias
+
+
+def open_runtime(cfg):
+    """The Runtime that --device and the environment ask for."""
+    if cfg.device == "xla":
+        return XLARuntime(cfg)
+    return TorchrunRuntime(cfg) if "LOCAL_RANK" in os.environ else Runtime(cfg)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,52 +612,76 @@ def to_cpu(state):
     return state.detach().cpu() if torch.is_tensor(state) else state
 
 
-def save_checkpoint(path, state):
-    """Atomically: whoever reads `path` finds the old checkpoint or the new one, whole."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+class Folder:
+    """The folder of a run that starts, or goes on, after `step`: config.json, log.csv, ckpt.pt, samples.
 
-
-class Log:
-    """log.csv: a row a logged step, numbers exact. Rows after `step`, of a run that was cut off, are cut off too."""
-
+    Every file is replaced at once and only by a whole one. log.csv has a row a logged step, numbers exact; rows after
+    `step`, of a run that was cut off, are cut off too, and so are its pictures.
+    """
     columns = ["step", "loss", "mse", "vb", "grad_norm", "images_per_sec"]
 
-    def __init__(self, path, step):
-        rows = list(csv.reader(open(path)))[1:] if step and path.exists() else []
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([self.columns] + [row for row in rows if int(row[0]) <= step])
-        self.file.flush()
+    def __init__(self, cfg, step):
+        self.out = Path(cfg.out)
+        try:
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            for picture in (self.out / "samples").glob("[0-9]" * 6 + ".png"):
+                if int(picture.stem) > step:
+                    picture.unlink()
+            with replacing(self.out / "config.json", "w") as file:
+                file.write(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            log = self.out / "log.csv"
+            rows = list(csv.reader(open(log)))[1:] if step and log.exists() else []
+            with replacing(log, "w", newline="") as file:           # a killed run may have left part of a row
+                csv.writer(file).writerows([self.columns] + [
+                    row for row in rows if len(row) == len(self.columns) and int(row[0]) <= step])
+            self.log = open(log, "a", newline="")
+        except OSError as error:
+            raise UserError(f"cannot write into {self.out} ({error.strerror}): name another folder by --out") from None
 
     def row(self, *values):
-        self.writer.writerow(map(repr, values))
-        self.file.flush()
+        """A row of log.csv."""
+        try:
+            csv.writer(self.log).writerow(map(repr, values))
+            self.log.flush()
+        except OSError as error:
+            raise self.broken("log.csv", error) from None
+
+    def save(self, state):
+        """ckpt.pt, and with it the rows before it."""
+        try:
+            os.fsync(self.log.fileno())
+            with replacing(self.out / "ckpt.pt") as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:                    # torch wraps some of the former in the latter
+            raise self.broken("ckpt.pt", error) from None
+
+    def picture(self, step, image):
+        try:
+            with replacing(self.out / "samples" / f"{step:06d}.png") as file:
+                image.save(file, format="png")
+        except OSError as error:
+            raise self.broken("a picture", error) from None
+
+    def broken(self, what, error):
+        return UserError(f"cannot write {what} into {self.out} ({error}); the last checkpoint is as it was. Make room, "
+                         f"and go on by --resume {shlex.quote(str(self.out))}")
 
 
-def open_run(cfg, step):
-    """The run's folder, ready to write into, and its Log. A run from its start leaves nothing of an earlier one."""
-    out = Path(cfg.out)
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        for picture in (out / "samples").glob("[0-9]" * 6 + ".png"):
-            if int(picture.stem) > step:
-                picture.unlink()
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-        return Log(out / "log.csv", step)
-    except OSError as error:
-        raise UserError(f"cannot write into {out} ({error.strerror}): name another folder by --out") from None
+class NoFolder:
+    """The Folder of the processes that leave nothing."""
+
+    def row(self, *values):
+        pass
+
+    save = picture = row
 
 
-def save_samples(cfg, ema, class_names, path):
-    """A grid of guided samples, a row a class, the same noise every time."""
+def sample_grid(cfg, rt, ema, class_names):
+    """A picture of guided samples, a row a class, the same noise every time."""
     labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
-    images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=default_guidance(dataclasses.asdict(cfg)))
-    grid_image(to_uint8(images), 8).save(path)
+    images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=default_guidance(dataclasses.asdict(cfg)),
+                           on_step=lambda *_: rt.finish_step())
+    return grid_image(to_uint8(images), 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,117 +693,157 @@ class Diverged(UserError):
     status = 3
 
 
+class Deserted(UserError):
+    """Another process of the run has ended."""
+    status = 1
+
+
 def announce(cfg, rt, model, n, classes):
     """What will be run, in a line; and what may surprise."""
-    print(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {n} "
-          f"images, {classes} classes, {cfg.steps * cfg.batch_size / n:.1f} epochs; {rt.device}, "
-          f"{str(rt.dtype).removeprefix('torch.')}; {cfg.out}", flush=True)
+    devices = f"{rt.shares} x {rt.device.type}" if rt.shares > 1 else rt.device
+    rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+           f"{n} images, {classes} classes, {cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, "
+           f"{str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
     if 0 < cfg.lr_decay_steps < cfg.steps:
-        print(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0 and nothing is learned")
+        rt.say(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0: nothing is learned")
 
 
 def farewell(out):
     """What is there now, and what to try next."""
     command = f"  python sample.py {shlex.quote(out + '/ckpt.pt')}"
-    print(f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
-          f"{command}\n{command} --classes 0 --cfg-scale 1 --gif film.gif")
+    return (f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
+            f"{command}\n{command} --classes 0 --cfg-scale 1 --gif film.gif")
 
 
-def progress_bar(steps, start):
-    return tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+def progress_bar(rt, steps, start):
+    return tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15,
+                disable=rt.rank > 0)
 
 
-def train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step):
-    """One optimizer step on the batch and one of the averaged weights: (loss, mse, vb, grad_norm), on the device."""
+def open_data(cfg, run):
+    """(source, images, labels) of --data; `run`: the state of the run to go on with, if any. UserError if it was
+    trained on other images."""
+    source = open_source(cfg)
+    if run and run["config"].get("data_digest") not in (None, data_digest(source)):
+        raise UserError(f"--data {cfg.data} does not hold the images that {cfg.out} was trained on: bring them back, "
+                        "or start anew by --out")
+    return source, *prepare_data(cfg, source)
+
+
+def data_digest(source):
+    return digest(source.identity, source.class_names)
+
+
+class Training:
+    """What a step changes: the weights, their average (EMA), and AdamW's moments."""
+
+    def __init__(self, cfg, rt, num_classes):
+        torch.manual_seed(cfg.seed)
+        self.original = DiT(**model_args(cfg, num_classes))
+        self.ema = copy.deepcopy(self.original).to(rt.device).requires_grad_(False)
+        self.model = rt.prepare(self.original.to(rt.device))        # what is called; its weights are the original's
+        self.opt = rt.optimizer(self.original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
+
+    def state(self):
+        return dict(model=self.original.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict())
+
+    def load(self, state):
+        self.original.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        moments = dict(state=state["opt"]["state"], param_groups=self.opt.state_dict()["param_groups"])
+        self.opt.load_state_dict(moments)                           # a group's settings are the device's and cfg's
+
+
+def train_step(cfg, rt, training, diffusion, batch, step):
+    """One optimizer step on this process's share of the batch and one of the averaged weights.
+
+    (loss, mse, vb, grad_norm), on the device: the first three are means over the share, the last is the global one.
+    """
+    opt, parameters = training.opt, list(training.original.parameters())
     totals = 0
-    for part in zip(*(tensor.chunk(cfg.accum) for tensor in batch), strict=True):
+    for k, part in enumerate(zip(*(tensor.chunk(cfg.accum) for tensor in batch), strict=True), start=1):
         x, y, t, noise, drop = rt.put(part)
-        with rt.autocast():
-            losses = diffusion.training_losses(model, x / 127.5 - 1, t, noise, y=y, drop=drop)
-        means = torch.stack([losses[name].mean() for name in ("loss", "mse", "vb")]) / cfg.accum
-        means[0].backward()
+        with rt.accumulating(last=k == cfg.accum):
+            with rt.autocast():
+                losses = diffusion.training_losses(training.model, x / 127.5 - 1, t, noise, y=y, drop=drop)
+            means = torch.stack([losses[name].mean() for name in ("loss", "mse", "vb")]) / cfg.accum
+            means[0].backward()
         totals = totals + means.detach()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in original.parameters()])
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     for group in opt.param_groups:
         group["lr"] = cfg.lr * max(0.0, 1 - (step - 1) / cfg.lr_decay_steps) if cfg.lr_decay_steps else cfg.lr
     opt.step()
     opt.zero_grad()
     decay = min(cfg.ema_decay, (1 + step) / (10 + step))            # early on, the average forgets the initialisation
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(original.parameters()), None)
+    get_ema_multi_avg_fn(decay)(list(training.ema.parameters()), parameters, None)
     return torch.cat([totals, grad_norm[None]])
 
 
-def train(cfg):
+def train(cfg, rt):
     """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
-    rt, out, source, start = Runtime(cfg), Path(cfg.out), open_source(cfg), 0
-    data_digest = digest(source.identity, source.class_names)
-    if cfg.resume:
-        state = load_checkpoint(out / "ckpt.pt")
-        if state["config"].get("data_digest", data_digest) != data_digest:
-            raise UserError(f"--data {cfg.data} does not hold the images that {out} was trained on: bring them back, "
-                            "or start anew by --out")
-    images, labels = prepare_data(cfg, source)
-    torch.manual_seed(cfg.seed)
-    original = DiT(**model_args(cfg, len(source.class_names)))
-    ema = copy.deepcopy(original).to(rt.device).requires_grad_(False)
-    model = rt.prepare(original.to(rt.device))
-    opt = torch.optim.AdamW(original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
-    diffusion = GaussianDiffusion().to(rt.device)
-    if cfg.resume:
-        original.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        opt.load_state_dict(state["opt"])
-        start = state["step"]
-        del state
-    log = open_run(cfg, start)
-    announce(cfg, rt, original, len(labels), len(source.class_names))
+    with rt.first_here():
+        saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", mmap=rt.local_rank > 0) if cfg.resume else None
+        source, images, labels = open_data(cfg, saved)
+    training, diffusion, start = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device), 0
+    if saved:
+        training.load(saved)
+        start = saved["step"]
+        del saved
+    folder = Folder(cfg, start) if rt.rank == 0 else NoFolder()
+    announce(cfg, rt, training.original, len(labels), len(source.class_names))
 
     finite = torch.ones((), dtype=torch.bool, device=rt.device)
     logged, clock = start, time.perf_counter()
-    with rt.catching_signals(), progress_bar(cfg.steps, start) as bar:
+    with rt.catching_signals(), progress_bar(rt, cfg.steps, start) as bar:
         for step in range(start + 1, cfg.steps + 1):
-            batch = draw_batch(cfg, images, labels, step)
-            numbers = train_step(cfg, rt, model, original, ema, opt, diffusion, batch, step)
+            batch = draw_batch(cfg, images, labels, step, rt.share(cfg.batch_size))
+            numbers = train_step(cfg, rt, training, diffusion, batch, step)
             finite &= numbers.isfinite().all()                      # a gradient may overflow before the loss does
+            rt.finish_step()
             bar.update()
-            stop, last = rt.stop, step == cfg.steps
+            stop, last = rt.any(rt.stop), step == cfg.steps
             log_due, sample_due, save_due = (every > 0 and (last or step % every == 0)
                                              for every in (cfg.log_every, cfg.sample_every, cfg.ckpt_every))
             if not (log_due or sample_due or save_due or last or stop):
                 continue                                            # without waiting for the device
-            if not finite:
+            if rt.any(not finite):
                 raise Diverged(f"loss or gradient is no number at step {step} or shortly before; no file was touched"
                                f" since. Start anew with a lower --lr than {cfg.lr}, or with --dtype fp32")
             now = time.perf_counter()
             if log_due:
-                speed = (step - logged) * cfg.batch_size / (now - clock)
-                log.row(step, *numbers.tolist(), speed)
+                numbers, speed = rt.mean(numbers), (step - logged) * cfg.batch_size / (now - clock)
+                folder.row(step, *numbers, speed)
                 bar.set_postfix_str(f"loss {numbers[0]:.4f}, {speed:.0f} images/s", refresh=False)
                 logged, clock = step, now
             if save_due or last or stop:
-                save_checkpoint(out / "ckpt.pt", to_cpu(dict(
-                    model=original.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-                    config=dict(dataclasses.asdict(cfg), data_digest=data_digest),
-                    model_args=model_args(cfg, len(source.class_names)), class_names=source.class_names)))
+                config = dict(dataclasses.asdict(cfg), data_digest=data_digest(source))
+                folder.save(to_cpu(dict(training.state(), step=step, config=config, class_names=source.class_names,
+                                        model_args=model_args(cfg, len(source.class_names)))))
             if stop and not last:
-                print(f"stopped and saved at step {step}; go on with: python train.py --resume {shlex.quote(cfg.out)}")
+                rt.say(f"stopped and saved at step {step}; go on with: {rt.launcher} train.py --resume "
+                       f"{shlex.quote(cfg.out)}")
                 return
             if sample_due:
-                save_samples(cfg, ema, source.class_names, out / "samples" / f"{step:06d}.png")
+                folder.picture(step, sample_grid(cfg, rt, training.ema, source.class_names))
             clock += time.perf_counter() - now                      # pictures and checkpoints are not training
-    farewell(cfg.out)
+    rt.say(farewell(cfg.out))
 
 
 def main(argv):
     cfg = parse_args(argv)
     try:
-        train(cfg)
+        rt = open_runtime(cfg)
+        train(cfg, rt)
+        rt.close()
     except torch.OutOfMemoryError:
         raise UserError("the device's memory does not hold this: raise --accum, or take --grad-checkpoint or a smaller "
                         "--batch-size") from None
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise UserError(f"torch.compile does not work here: take --no-compile ({str(error)[:200]})") from None
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise Deserted(f"another process of this run has ended, and its message says why; the last checkpoint is "
+                           f"as it was: go on by --resume {shlex.quote(cfg.out)}") from None
         raise
 
 
