@@ -8,9 +8,12 @@ tables and float64 arithmetic agree to about 1e-6 relative; float32 networks to 
 """
 import ast
 import csv
+import inspect
 import json
 import math
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1280,6 +1283,271 @@ def test_a_signal_ends_the_run_whole(folder, tmp_path):
     state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
     assert process.returncode == 0, err
     assert f"--resume {tmp_path / 'run'}" in out and f"step {state['step']}" in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many processes: the same run
+
+
+def launch(script, tmp_path, patch="", processes=1):
+    """A file to start that is script.py but for `patch`, and the command to do so in so many processes."""
+    path = tmp_path / f"{script}.py"
+    path.write_text(f"import os, signal, sys, torch\nsys.path.insert(0, {str(HERE)!r})\nimport {script} as it, sample\n"
+                    f"{patch}\nsample.run(it.main)\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *torchrun * (processes > 1), str(path)]
+
+
+def finish(command, *argv, timeout=120, **kwargs):
+    """(exit status, what it printed) of a command; it hangs if it takes longer than so many seconds."""
+    done = subprocess.run([*command, *map(str, argv)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          timeout=timeout, **kwargs)
+    return done.returncode, done.stdout
+
+
+def numbers_of(out):
+    """The logged (loss, mse, vb, grad_norm) of a run, a row a step."""
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return np.array([[float(row[name]) for name in ("loss", "mse", "vb", "grad_norm")] for row in rows])
+
+
+# The paper's rate, flips, label dropout. The same sums in another order: 1e-5 is some 80 roundings of a loss of 1.
+RECIPE = "--steps 20 --lr 1e-4 --lr-decay-steps 0 --flip --label-drop 0.1 --ckpt-every 0".split()
+
+
+def test_two_processes_make_the_run_of_one_with_every_design(folder, tmp_path):
+    four_runs = f"""rt, main = it.open_runtime(it.Config(dtype="fp32")), it.main                 # started once for all four
+it.open_runtime, rt.close = lambda cfg: rt, lambda: None
+it.main = lambda argv: [main([*argv, "--block", block, "--out", block]) for block in {DESIGNS}]"""
+    for block in DESIGNS:
+        train_tiny(folder, tmp_path / "one" / block, *RECIPE, "--block", block)
+    status, text = finish(launch("train", tmp_path, four_runs, processes=2),
+                          *tiny_flags(folder, tmp_path / "two", *RECIPE), cwd=tmp_path)
+    assert status == 0, text
+    for block in DESIGNS:
+        one, two = numbers_of(tmp_path / "one" / block), numbers_of(tmp_path / block)
+        assert len(one) == 20 and np.abs(one - two).max() < 1e-5, block
+    assert text.count("done: ") == 4 and text.count("2 x cpu") == 4               # one process speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes,flags", [(4, ""), (2, "--accum 2"), (4, "--accum 2"), (2, "--grad-checkpoint"),
+                                             (2, "--compile")])
+def test_four_processes_and_accumulated_parts_make_it_too(processes, flags, folder, tmp_path):
+    train_tiny(folder, tmp_path / "one", *RECIPE)
+    status, text = finish(launch("train", tmp_path, processes=processes),
+                          *tiny_flags(folder, tmp_path / "many", *RECIPE, *flags.split()))
+    assert status == 0, text
+    assert np.abs(numbers_of(tmp_path / "one") - numbers_of(tmp_path / "many")).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_number_of_processes(folder, tmp_path):
+    """10 steps in two processes and 10 in one, and the other way round, are 20 in one."""
+    train_tiny(folder, tmp_path / "whole", *RECIPE)
+    two = launch("train", tmp_path, processes=2)
+    status, text = finish(two, *tiny_flags(folder, tmp_path / "a", *RECIPE, "--steps", "10"))
+    assert status == 0, text
+    train.main(["--resume", str(tmp_path / "a"), "--steps", "20"])
+    train_tiny(folder, tmp_path / "b", *RECIPE, "--steps", "10")
+    status, text = finish(two, "--resume", tmp_path / "b", "--steps", 20)
+    assert status == 0, text
+    for out in ("a", "b"):
+        assert np.abs(numbers_of(tmp_path / "whole") - numbers_of(tmp_path / out)).max() < 1e-5
+
+
+def test_shares_are_the_global_batch():
+    """What the processes of a run load is, one after the other, what a single one loads: no two share noise or t."""
+    cfg = train.Config(batch_size=12, device="cpu")
+    images = np.random.default_rng(0).integers(256, size=(30, 3, 4, 4), dtype=np.uint8)
+    whole, rt = train.draw_batch(cfg, images, np.arange(30), 5), train.Runtime(cfg)
+    for world in (2, 3, 12):
+        shares = []
+        for rank in range(world):
+            rt.rank, rt.world = rank, world
+            shares.append(train.draw_batch(cfg, images, np.arange(30), 5, rt.share(12)))
+        assert all(torch.equal(torch.cat(parts), x) for parts, x in zip(zip(*shares, strict=True), whole, strict=True))
+
+
+def test_the_loop_names_no_backend():
+    source = "".join(map(inspect.getsource, (train.train, train.train_step, train.Training))).replace("to_cpu", "")
+    assert not re.search(r"xla|tpu|cuda|mps|cpu|nccl|gloo|ddp|dist\.|isinstance|world", source, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("patch,words", [
+    ("if os.environ['RANK'] == '1': it.prepare_data = lambda *args: sys.exit(7)", "another process of this run"),
+    ("""step = it.train_step
+def dies(cfg, rt, *args):
+    if rt.rank == 1 and args[-1] == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(cfg, rt, *args)
+it.train_step = dies""", "another process of this run")])
+@pytest.mark.slow
+def test_when_one_process_dies_the_others_end(patch, words, folder, tmp_path):
+    """Killed in a step, or gone while the others wait for it: nothing hangs, and the last checkpoint is as it was."""
+    command = launch("train", tmp_path, patch, processes=2)
+    status, text = finish(command, *tiny_flags(folder, tmp_path / "out"), timeout=60)
+    assert status != 0 and words in text, text
+    if "dies" in patch:
+        assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 3
+
+
+SIGNALS = """step, grid, draw = it.train_step, it.sample_grid, it.center_crop
+def at(moment, rank):
+    if os.environ.get("RANK", "0") == rank and moment == "MOMENT":
+        os.kill(os.getppid() if "TARGET" == "launcher" else os.getpid(), signal.SIGNAL)
+def train_step(*args):
+    at(f"step {args[-1]}", "0" if "TARGET" == "launcher" else "1" if "RANK" in os.environ else "0")
+    return step(*args)
+def sample_grid(*args):
+    at("sampling", "0")
+    return grid(*args)
+def center_crop(*args, calls=[]):
+    calls.append(0)
+    if len(calls) == 30:                                                          # 20 are a probe before the writing
+        at("preparation", "0")
+    return draw(*args)
+it.train_step, it.sample_grid, it.center_crop = train_step, sample_grid, center_crop
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes,target,moment,name", [
+    (1, "itself", "step 4", "SIGINT"), (1, "itself", "sampling", "SIGTERM"), (1, "itself", "preparation", "SIGTERM"),
+    (1, "itself", "preparation", "SIGINT"), (2, "itself", "step 4", "SIGTERM"), (2, "launcher", "step 4", "SIGTERM"),
+    (2, "launcher", "step 4", "SIGINT"), (2, "launcher", "sampling", "SIGTERM"),
+    (2, "itself", "preparation", "SIGTERM")])
+def test_a_signal_at_any_moment_ends_all_and_loses_nothing(processes, target, moment, name, folder, tmp_path):
+    """To one worker or to the launcher: all stop at the same step, which is saved; in preparation, nothing is left."""
+    patch = SIGNALS.replace("TARGET", target).replace("MOMENT", moment).replace("SIGNAL", name)
+    status, text = finish(launch("train", tmp_path, patch, processes), *tiny_flags(
+        folder, tmp_path / "out", *RECIPE, "--steps", "100000", "--sample-every", "4"), timeout=60)
+    if moment == "preparation":
+        number = 128 + getattr(signal, name)
+        assert status == number if processes == 1 else status != 0 and f"exitcode  : {number}" in text, text
+        assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "out").exists()
+        return
+    step = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
+    assert text.count("stopped and saved") == 1 and f"saved at step {step};" in text and "Traceback" not in text.split(
+        "torch/distributed")[0], text
+    assert status == 0 or target == "launcher"
+    resume = re.search(r"go on with: (.*train.py) --resume (.*)", text)
+    assert resume[1] == ("python train.py" if processes == 1 else "torchrun --nproc_per_node=2 train.py")
+    train.main(["--resume", resume[2], "--steps", str(step + 2), "--sample-every", "0"])
+    train_tiny(folder, tmp_path / "whole", *RECIPE, "--steps", str(step + 2))
+    assert np.abs(numbers_of(tmp_path / "whole") - numbers_of(tmp_path / "out")).max() < 1e-5
+
+
+@pytest.mark.parametrize("environment,flags,words", [
+    ("LOCAL_RANK=1", "--device xla", "without torchrun"), ("LOCAL_RANK=1", "--device mps", "under torchrun"),
+    ("LOCAL_RANK=1", "--batch-size 9", "not divisible by 2 devices"), ("", "--device xla", "torch_xla"),
+    ("", "--device xla --compile", "--compile")])
+def test_what_cannot_run_in_many_processes_is_refused(environment, flags, words, folder, tmp_path, monkeypatch):
+    if environment:
+        for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "torch_xla", None)
+    with pytest.raises(sample.UserError, match=words):
+        train_tiny(folder, tmp_path / "run", *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_layer_norm_by_its_formula_is_torch_s():
+    """What Runtime puts in the place of nn.LayerNorm on XLA, affine or not."""
+    x = torch.randn(4, 7, 32) * 3 + 1
+    for affine in (False, True):
+        norm = torch.nn.LayerNorm(32, eps=1e-6, elementwise_affine=affine)
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+        torch.testing.assert_close(train.layer_norm(norm, x), norm(x), rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def killed_run(argv, place, count):
+    """train.main(argv), quietly, which kills itself after `count` calls of `place`: inside a write or a preparation."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    calls = iter(range(count))
+
+    def dying(function):
+        def die_or_go_on(*args, **kwargs):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return die_or_go_on
+
+    class Halves:                                                                 # a file that is written half by half
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.file.write(data[:len(data) // 2])
+            self.rest(data[len(data) // 2:])
+
+        def rest(self, data):
+            self.file.write(data)
+    if place == "write":
+        Halves.rest, save = dying(Halves.rest), torch.save
+        torch.save = lambda state, file: save(state, Halves(file))
+    elif place:
+        owner = train if place == "center_crop" else os
+        setattr(owner, place, dying(getattr(owner, place)))
+    train.main(argv)
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_end_like_one_that_was_not(folder, tmp_path, monkeypatch):
+    """kill -9 at random moments of runs that save at every step, every third of them inside the writing of a checkpoint
+    or of the cache: a run goes on and ends with the weights, average, moments and log of an undisturbed one, to the
+    bit. KILLS=100 in the environment makes it a hundred."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = multiprocessing.get_context("forkserver")                         # torch is imported once
+    processes.set_forkserver_preload(["test_dit"])
+    rng, goal, kills, runs = np.random.default_rng(0), int(os.environ.get("KILLS", 12)), [], 0
+    flags = [*RECIPE, "--ckpt-every", "1"]
+
+    def attempt(argv, place="", count=0, seconds=None):
+        """Whether the run was killed, by itself or after so many seconds."""
+        process = processes.Process(target=killed_run, args=([*map(str, argv)], place, count))
+        process.start()
+        process.join(timeout=seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+    attempt(tiny_flags(folder, tmp_path / "warm", *flags))
+    began = time.perf_counter()
+    attempt(tiny_flags(folder, tmp_path / "whole", *flags))
+    duration, whole = time.perf_counter() - began, torch.load(tmp_path / "whole" / "ckpt.pt", weights_only=True)
+    while len(kills) < goal:
+        runs += 1
+        out, cache, killed = tmp_path / f"run{runs}", tmp_path / f"cache{runs}", True
+        while killed:
+            argv = ["--resume", out] if (out / "ckpt.pt").exists() else [
+                *tiny_flags(folder, out, *flags), "--cache", cache]
+            place, count, seconds = "", 0, rng.uniform(0, duration)
+            if len(kills) == goal:
+                seconds = None
+            elif len(kills) % 6 == 0:
+                shutil.rmtree(cache, ignore_errors=True)
+                place, count, seconds = *[("center_crop", rng.integers(20, 44)), ("fsync", rng.integers(2)),
+                                          ("replace", rng.integers(2)), ("rename", 0)][rng.integers(4)], None
+            elif len(kills) % 6 == 3 and cache.exists():
+                place, count, seconds = [("fsync", 5), ("replace", 4), ("write", 20)][rng.integers(3)] + (None,)
+            killed = attempt(argv, place, int(count), seconds)
+            kills += [place or "anywhere"] * killed
+        state = torch.load(out / "ckpt.pt", weights_only=True)
+        assert state["step"] == 20 and len(list(cache.iterdir())) == 1
+        for key in ("model", "ema"):
+            assert all(torch.equal(state[key][name], tensor) for name, tensor in whole[key].items())
+        for i, moments in whole["opt"]["state"].items():
+            assert all(torch.equal(state["opt"]["state"][i][name], tensor) for name, tensor in moments.items())
+        assert np.array_equal(numbers_of(out), numbers_of(tmp_path / "whole"))
+    print(f"\n{len(kills)} kills in {runs} runs: {({place: kills.count(place) for place in kills})}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
