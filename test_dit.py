@@ -8,6 +8,7 @@ tables and float64 arithmetic agree to about 1e-6 relative; float32 networks to 
 """
 import ast
 import csv
+import importlib.util
 import inspect
 import json
 import math
@@ -1317,7 +1318,7 @@ RECIPE = "--steps 20 --lr 1e-4 --lr-decay-steps 0 --flip --label-drop 0.1 --ckpt
 
 
 def test_two_processes_make_the_run_of_one_with_every_design(folder, tmp_path):
-    four_runs = f"""rt, main = it.open_runtime(it.Config(dtype="fp32")), it.main                 # started once for all four
+    four_runs = f"""rt, main = it.open_runtime(it.Config(dtype="fp32")), it.main  # one start for all
 it.open_runtime, rt.close = lambda cfg: rt, lambda: None
 it.main = lambda argv: [main([*argv, "--block", block, "--out", block]) for block in {DESIGNS}]"""
     for block in DESIGNS:
@@ -1548,6 +1549,81 @@ def test_runs_that_are_killed_end_like_one_that_was_not(folder, tmp_path, monkey
             assert all(torch.equal(state["opt"]["state"][i][name], tensor) for name, tensor in moments.items())
         assert np.array_equal(numbers_of(out), numbers_of(tmp_path / "whole"))
     print(f"\n{len(kills)} kills in {runs} runs: {({place: kills.count(place) for place in kills})}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# XLA: the same run, compiled for 1, 2 and 4 virtual devices, each run in a process of its own
+
+needs_xla = pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed")
+
+COUNTED = """finish, counts = it.XLARuntime.finish_step, []
+def finish_step(self):
+    import torch_xla.debug.metrics as metrics
+    finish(self)
+    counts.append(metrics.counter_value("UncachedCompile"))
+    fallbacks = [name for name in metrics.counter_names() if name.startswith("aten::") and "_local_scalar" not in name]
+    open("counts.json", "w").write(it.json.dumps([counts, fallbacks]))
+it.XLARuntime.finish_step = finish_step
+"""
+
+
+def on_xla(devices, tmp_path, *argv):
+    """train.py on so many devices: (programs compiled until each step, operations that XLA lacks, the step as HLO)."""
+    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices),
+                            XLA_FLAGS=f"--xla_dump_to={tmp_path / 'hlo'} --xla_dump_hlo_as_text")
+    status, text = finish(launch("train", tmp_path, COUNTED), *argv, "--device", "xla", env=env, cwd=tmp_path)
+    assert status == 0, text
+    programs = [path.read_text() for path in (tmp_path / "hlo").glob("*cpu_after_optimizations.txt")]
+    return *json.loads((tmp_path / "counts.json").read_text()), max(programs, key=len)
+
+
+@needs_xla
+@pytest.mark.slow
+@pytest.mark.parametrize("devices,block,flags", [
+    (1, "adaln-zero", ""), (2, "in-context", ""), (2, "cross-attention", "--accum 2"), (2, "adaln", ""),
+    (2, "adaln-zero", "--accum 2"), (4, "adaln-zero", "--lr-decay-steps 30")])
+def test_xla_makes_the_run_of_the_cpu(devices, block, flags, folder, tmp_path):
+    """Losses to 1e-5; two compilations, of the first step and of all others; and no device asks for another's
+    activations: there is no all-gather in the step, but an all-reduce."""
+    flags = [*RECIPE, "--block", block, *flags.split()]
+    train_tiny(folder, tmp_path / "cpu", *flags)
+    compiled, fallbacks, step = on_xla(devices, tmp_path, *tiny_flags(folder, tmp_path / "xla", *flags))
+    assert np.abs(numbers_of(tmp_path / "cpu") - numbers_of(tmp_path / "xla")).max() < 1e-5
+    assert compiled[1:] == [compiled[1]] * 19 and compiled[1] - compiled[0] <= 2 and not fallbacks
+    assert f"num_partitions={devices}" in step or devices == 1
+    assert "all-gather" not in step and ("all-reduce" in step) == (devices > 1)
+
+
+@needs_xla
+@pytest.mark.slow
+def test_a_checkpoint_goes_from_xla_to_a_machine_without_and_back(folder, tmp_path):
+    """10 steps there and 10 here, and 10 here and 10 there, are 20 here; samples are drawn there, too."""
+    train_tiny(folder, tmp_path / "whole", *RECIPE, "--sample-every", "20")
+    on_xla(2, tmp_path, *tiny_flags(folder, tmp_path / "a", *RECIPE, "--steps", "10"))
+    path = tmp_path / "a" / "ckpt.pt"
+    without = f"import sys, torch; torch.load({str(path)!r}, weights_only=True); assert 'torch_xla' not in sys.modules"
+    assert finish([sys.executable, "-c", without]) == (0, "") and b"xla:0" not in path.read_bytes()
+    train.main(["--resume", str(tmp_path / "a"), "--steps", "20", "--device", "cpu"])
+    train_tiny(folder, tmp_path / "b", *RECIPE, "--steps", "10")
+    on_xla(2, tmp_path, "--resume", tmp_path / "b", "--steps", "20", "--sample-every", "20")
+    for out in ("a", "b"):
+        assert np.abs(numbers_of(tmp_path / "whole") - numbers_of(tmp_path / out)).max() < 1e-5
+    grids = [np.asarray(Image.open(tmp_path / out / "samples" / "000020.png")).astype(int) for out in ("whole", "b")]
+    assert np.abs(grids[0] - grids[1]).max() <= 2 and grids[0].std() > 20
+
+
+@needs_xla
+@pytest.mark.slow
+@pytest.mark.parametrize("flags,tolerance,sign,times", [
+    ("--grad-checkpoint", 1e-5, r" opt-barrier\(", 2), ("--dtype bf16", 1e-2, r"= bf16\[[\d,]*\]\S* dot\(", 12)])
+def test_xla_checkpoints_blocks_and_multiplies_in_bfloat16(flags, tolerance, sign, times, folder, tmp_path):
+    train_tiny(folder, tmp_path / "cpu", *RECIPE)
+    flags = tiny_flags(folder, tmp_path / "xla", *RECIPE, *flags.split())
+    on_xla(2, tmp_path, *flags)
+    before = max(((tmp_path / "hlo").glob("*before_optimizations.txt")), key=lambda path: path.stat().st_size)
+    assert len(re.findall(sign, before.read_text())) >= times
+    cpu, xla = numbers_of(tmp_path / "cpu"), numbers_of(tmp_path / "xla")
+    assert np.abs(cpu - xla)[:, :3].max() < tolerance
 
 
 # ----------------------------------------------------------------------------------------------------------------------

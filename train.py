@@ -424,8 +424,12 @@ class Runtime:
         """The model that exchanges its gradients with the other processes'."""
         return model
 
-    def optimizer(self, parameters, fused=True, **kwargs):
-        return torch.optim.AdamW(parameters, fused=fused, **kwargs)
+    def optimizer(self, parameters, **kwargs):
+        return torch.optim.AdamW(parameters, fused=True, **kwargs)
+
+    def average(self, ema, parameters, decay):
+        """ema = decay ema + (1 - decay) parameters."""
+        get_ema_multi_avg_fn(decay)(list(ema), parameters, None)
 
     # a step
 
@@ -515,7 +519,7 @@ class TorchrunRuntime(Runtime):
         return pick_device(f"cuda:{self.local_rank}")
 
     def parallel(self, model):
-        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return self.ddp
 
     def accumulating(self, last):
@@ -572,8 +576,17 @@ class XLARuntime(Runtime):
                 module.forward = functools.partial(layer_norm, module)
         return super().prepare(model)
 
+    # What changes from step to step is a tensor of one axis there. A plain number that happens to equal another one in
+    # the step is merged with it, and that is another program to compile: at step 8, 1 - decay and the loss's 0.5.
+
     def optimizer(self, parameters, **kwargs):
-        return super().optimizer(parameters, fused=False, **kwargs)
+        return torch.optim.AdamW(parameters, capturable=True, **kwargs)
+
+    @torch.no_grad()
+    def average(self, ema, parameters, decay):
+        weight = torch.tensor([1 - decay]).to(self.device)
+        for averaged, parameter in zip(ema, parameters, strict=True):
+            averaged.lerp_(parameter, weight)
 
     def put(self, tensors):
         from torch_xla.core.xla_model import send_cpu_data_to_device
@@ -775,7 +788,7 @@ def train_step(cfg, rt, training, diffusion, batch, step):
     opt.step()
     opt.zero_grad()
     decay = min(cfg.ema_decay, (1 + step) / (10 + step))            # early on, the average forgets the initialisation
-    get_ema_multi_avg_fn(decay)(list(training.ema.parameters()), parameters, None)
+    rt.average(training.ema.parameters(), parameters, decay)
     return torch.cat([totals, grad_norm[None]])
 
 
