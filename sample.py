@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,16 @@ def pick_device(name):
 def load_checkpoint(path, mmap=False):
     """The dict that train.py saved, on the CPU. Nothing in the file is executed. UserError if it is no such file.
 
-    mmap reads a tensor when it is used; without it every byte is read at once, and checked.
+    mmap reads a tensor when it is used; without it every byte is read at once, and compared with its checksum.
     """
     try:
+        if not mmap and zipfile.ZipFile(path).testzip():
+            raise ValueError("a bit has flipped")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: give the path of a ckpt.pt that train.py wrote") from None
     except Exception:                                               # the bytes decide what the unpickler raises
-        raise UserError(f"{path} is not a checkpoint, or not a whole one: give a ckpt.pt that train.py wrote") from None
+        raise UserError(f"{path} is not a checkpoint, or a damaged one: give a ckpt.pt that train.py wrote") from None
     missing = {"model", "ema", "opt", "step", "config", "model_args", "class_names"} - set(
         checkpoint if isinstance(checkpoint, dict) else ())
     if missing:

@@ -1221,7 +1221,7 @@ def test_sample_refuses(flags, words, tiny_run, tmp_path, monkeypatch):
     assert words in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["missing", "text", "empty", "truncated", "other", "malicious"])
+@pytest.mark.parametrize("content", ["missing", "text", "empty", "truncated", "bit", "other", "malicious"])
 def test_what_is_no_checkpoint_is_refused_and_not_run(content, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, whole = tmp_path / "c.pt", (tiny_run / "ckpt.pt").read_bytes()
@@ -1230,7 +1230,9 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(content, tiny_run, tmp_pat
     elif content == "malicious":
         torch.save({"model": Malicious()}, path)
     elif content != "missing":
-        path.write_bytes({"text": b"hello", "empty": b"", "truncated": whole[:len(whole) // 2]}[content])
+        half = len(whole) // 2
+        flipped = whole[:half] + bytes([whole[half] ^ 4]) + whole[half + 1:]
+        path.write_bytes({"text": b"hello", "empty": b"", "truncated": whole[:half], "bit": flipped}[content])
     with pytest.raises(sample.UserError, match="c.pt"):
         sample.load_model(path)
     assert not (tmp_path / "touched").exists()
