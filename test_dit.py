@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1360,6 +1361,24 @@ def test_a_run_goes_on_in_another_number_of_processes(folder, tmp_path):
         assert np.abs(numbers_of(tmp_path / "whole") - numbers_of(tmp_path / out)).max() < 1e-5
 
 
+@pytest.mark.slow
+def test_two_machines_make_it_too_and_prepare_the_data_once_each_at_the_most(folder, tmp_path):
+    """Two launchers that meet, as on two machines with a common disk: each has a local rank 0, one has rank 0."""
+    train_tiny(folder, tmp_path / "one", *RECIPE)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=1", *launch("train", tmp_path)[1:]]
+    flags = tiny_flags(folder, tmp_path / "many", *RECIPE, "--cache", str(tmp_path / "new"))
+    other = subprocess.Popen([*command, *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    status, text = finish(command, *flags)
+    text += other.communicate(timeout=120)[0]
+    assert status == other.returncode == 0 and text.count("done: ") == 1, text
+    assert np.abs(numbers_of(tmp_path / "one") - numbers_of(tmp_path / "many")).max() < 1e-5
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
 def test_shares_are_the_global_batch():
     """What the processes of a run load is, one after the other, what a single one loads: no two share noise or t."""
     cfg = train.Config(batch_size=12, device="cpu")
@@ -1399,9 +1418,10 @@ def test_when_one_process_dies_the_others_end(patch, words, folder, tmp_path):
 SIGNALS = """step, grid, draw = it.train_step, it.sample_grid, it.center_crop
 def at(moment, rank):
     if os.environ.get("RANK", "0") == rank and moment == "MOMENT":
-        os.kill(os.getppid() if "TARGET" == "launcher" else os.getpid(), signal.SIGNAL)
+        for pid in dict(itself=[os.getpid()], launcher=[os.getppid()], both=[os.getppid(), os.getpid()])["TARGET"]:
+            os.kill(pid, signal.SIGNAL)
 def train_step(*args):
-    at(f"step {args[-1]}", "0" if "TARGET" == "launcher" else "1" if "RANK" in os.environ else "0")
+    at(f"step {args[-1]}", "1" if "RANK" in os.environ else "0")
     return step(*args)
 def sample_grid(*args):
     at("sampling", "0")
@@ -1419,7 +1439,7 @@ it.train_step, it.sample_grid, it.center_crop = train_step, sample_grid, center_
 @pytest.mark.parametrize("processes,target,moment,name", [
     (1, "itself", "step 4", "SIGINT"), (1, "itself", "sampling", "SIGTERM"), (1, "itself", "preparation", "SIGTERM"),
     (1, "itself", "preparation", "SIGINT"), (2, "itself", "step 4", "SIGTERM"), (2, "launcher", "step 4", "SIGTERM"),
-    (2, "launcher", "step 4", "SIGINT"), (2, "launcher", "sampling", "SIGTERM"),
+    (2, "both", "step 4", "SIGINT"), (2, "launcher", "sampling", "SIGTERM"),
     (2, "itself", "preparation", "SIGTERM")])
 def test_a_signal_at_any_moment_ends_all_and_loses_nothing(processes, target, moment, name, folder, tmp_path):
     """To one worker or to the launcher: all stop at the same step, which is saved; in preparation, nothing is left."""
@@ -1434,7 +1454,7 @@ def test_a_signal_at_any_moment_ends_all_and_loses_nothing(processes, target, mo
     step = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
     assert text.count("stopped and saved") == 1 and f"saved at step {step};" in text and "Traceback" not in text.split(
         "torch/distributed")[0], text
-    assert status == 0 or target == "launcher"
+    assert status == 0 or target != "itself"
     resume = re.search(r"go on with: (.*train.py) --resume (.*)", text)
     assert resume[1] == ("python train.py" if processes == 1 else "torchrun --nproc_per_node=2 train.py")
     train.main(["--resume", resume[2], "--steps", str(step + 2), "--sample-every", "0"])

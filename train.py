@@ -384,12 +384,13 @@ class Runtime:
     """
     rank, world, local_rank, shares, control = 0, 1, 0, 1, None
     launcher = "python"
+    checkpoint = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
     def __init__(self, cfg):
         self.device = self.open_device(cfg.device)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
         self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
-        self.checkpoint = self.checkpoint_function() if cfg.grad_checkpoint else None
+        self.grad_checkpoint = cfg.grad_checkpoint
         self.stop = False
         if cfg.batch_size % (self.shares * cfg.accum):
             raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {self.shares} devices times --accum "
@@ -409,12 +410,9 @@ class Runtime:
 
     # what is trained
 
-    def checkpoint_function(self):
-        return functools.partial(checkpoint, use_reentrant=False)
-
     def prepare(self, model):
         """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
-        if self.checkpoint:
+        if self.grad_checkpoint:
             for block in model.blocks:
                 block.forward = functools.partial(self.checkpoint, block.forward)
         model = self.parallel(model)
@@ -463,14 +461,18 @@ class Runtime:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
         return bool(flag)
 
+    def meet(self):
+        """Wait for all processes: for days, if it must be, where an exchange between devices would give up."""
+        self.any(False)
+
     @contextlib.contextmanager
     def first_here(self):
         """Inside, the first process of each machine is done before its others begin."""
         if self.local_rank > 0:
-            self.any(False)
+            self.meet()
         yield
         if self.local_rank == 0:
-            self.any(False)
+            self.meet()
 
     def say(self, text):
         if self.rank == 0:
@@ -506,6 +508,7 @@ class TorchrunRuntime(Runtime):
         self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))     # data take their time
 
     def close(self):
+        self.meet()
         dist.destroy_process_group()
 
     def open_device(self, name):
@@ -519,7 +522,7 @@ class TorchrunRuntime(Runtime):
         return pick_device(f"cuda:{self.local_rank}")
 
     def parallel(self, model):
-        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return self.ddp
 
     def accumulating(self, last):
@@ -545,10 +548,14 @@ class XLARuntime(Runtime):
             import torch_xla.backends
             import torch_xla.distributed.spmd as spmd
             import torch_xla.runtime as xr
+            import torch_xla.utils.checkpoint
+            from torch_xla.core.xla_model import send_cpu_data_to_device
         except ImportError as error:
-            raise UserError(f"--device xla needs torch_xla ({error}): pip install -e '.[tpu]'") from None
+            raise UserError(f"--device xla needs torch_xla ({error}): pip install -e '.[tpu]', or take --device auto"
+                            ) from None
         xr.use_spmd()                                               # before anything touches a device
         self.torch_xla, self.spmd, self.mesh = torch_xla, spmd, spmd.get_1d_mesh("data")
+        self.send, self.checkpoint = send_cpu_data_to_device, torch_xla.utils.checkpoint.checkpoint
         self.rank, self.world, self.shares = xr.process_index(), xr.process_count(), xr.global_runtime_device_count()
         self.on_tpu = xr.device_type() == "TPU"
         super().__init__(cfg)
@@ -564,11 +571,6 @@ class XLARuntime(Runtime):
 
     def natural_dtype(self):
         return torch.bfloat16 if self.on_tpu else torch.float32
-
-    def checkpoint_function(self):
-        from torch_xla.utils.checkpoint import checkpoint  # torch's own cannot run there
-
-        return checkpoint
 
     def prepare(self, model):
         for module in model.modules():
@@ -589,9 +591,7 @@ class XLARuntime(Runtime):
             averaged.lerp_(parameter, weight)
 
     def put(self, tensors):
-        from torch_xla.core.xla_model import send_cpu_data_to_device
-
-        return [send_cpu_data_to_device(tensor, self.device, self.spmd.ShardingSpec(
+        return [self.send(tensor, self.device, self.spmd.ShardingSpec(
             self.mesh, ("data",) + (None,) * (tensor.dim() - 1), minibatch=True))[0] for tensor in tensors]
 
     def finish_step(self):
@@ -832,6 +832,7 @@ def train(cfg, rt):
                 config = dict(dataclasses.asdict(cfg), data_digest=data_digest(source))
                 folder.save(to_cpu(dict(training.state(), step=step, config=config, class_names=source.class_names,
                                         model_args=model_args(cfg, len(source.class_names)))))
+                rt.meet()                                           # the one who writes may take long
             if stop and not last:
                 rt.say(f"stopped and saved at step {step}; go on with: {rt.launcher} train.py --resume "
                        f"{shlex.quote(cfg.out)}")
