@@ -47,7 +47,6 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """main(), with a UserError as one line and its exit status in place of a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # clean up as for Ctrl-C
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -56,6 +55,11 @@ def run(main):
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def exit_on_sigterm():
+    """Have SIGTERM clean up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 @contextlib.contextmanager
@@ -105,10 +109,11 @@ def load_checkpoint(path, mmap=False):
         raise UserError(f"no checkpoint {path}: give the path of a ckpt.pt that train.py wrote") from None
     except Exception:                                               # the bytes decide what the unpickler raises
         raise UserError(f"{path} is not a checkpoint, or a damaged one: give a ckpt.pt that train.py wrote") from None
-    missing = {"model", "ema", "opt", "step", "config", "model_args", "class_names"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    kinds = dict(model=dict, ema=dict, opt=dict, step=int, config=dict, model_args=dict, class_names=list)
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    lacking = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if lacking:
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(lacking)}")
     return checkpoint
 
 
@@ -245,6 +250,7 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
+    exit_on_sigterm()
     model, info = load_model(args.checkpoint, pick_device(args.device))
     if args.cfg_scale is None:
         args.cfg_scale = default_guidance(info["config"])

@@ -29,7 +29,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -52,6 +52,7 @@ from sample import (
     Parser,
     UserError,
     default_guidance,
+    exit_on_sigterm,
     grid_image,
     load_checkpoint,
     parse_classes,
@@ -188,8 +189,10 @@ def parse_args(argv):
 
 
 def resumed_config(flags):
-    """The Config of the run in flags["resume"], with those flags that may change."""
+    """The Config of the run in the folder flags["resume"], with those flags that may change."""
     folder = flags.pop("resume")
+    if os.path.isfile(folder):
+        folder = os.path.dirname(folder) or "."                     # its ckpt.pt was named
     saved = load_checkpoint(Path(folder) / "ckpt.pt", mmap=True)    # only its settings are looked at here
     config = dataclasses.asdict(Config())                           # an older version's may lack a field, or have more
     config = {name: saved["config"].get(name, default) for name, default in config.items()}
@@ -270,7 +273,9 @@ def open_source(cfg):
 
     if cfg.data == "cifar10":
         try:
-            data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
+            Path(cfg.cache).mkdir(parents=True, exist_ok=True)
+            with FileLock(Path(cfg.cache) / "cifar10.lock"):
+                data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot get CIFAR-10 ({error}): name a folder of images by --data") from None
         return Source(["cifar10", len(data.targets)], [], data.classes, data.targets,
@@ -288,7 +293,8 @@ def open_source(cfg):
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {paths[i]} ({error}): repair or remove it") from None
 
-    identity = [(os.path.relpath(path, cfg.data), stat.st_size) for path, stat in zip(paths, stats, strict=True)]
+    identity = [(os.path.relpath(path, cfg.data).replace(os.sep, "/"), stat.st_size)
+                for path, stat in zip(paths, stats, strict=True)]
     return Source(identity, [stat.st_mtime_ns for stat in stats], samples.classes, samples.targets, load)
 
 
@@ -296,50 +302,45 @@ def digest(*values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def sweep(cache):
-    """Remove what preparations that were killed on this machine have left."""
-    for part in Path(cache).glob(f"*.part-{socket.gethostname()}-*"):
-        try:
-            os.kill(int(part.name.rpartition("-")[2]), 0)           # signal 0: is there such a process?
-        except ProcessLookupError:
-            shutil.rmtree(part, ignore_errors=True)
-        except PermissionError:
-            pass                                                    # there is, another user's
-
-
 def prepare_data(cfg, source):
     """(images, labels), memory-mapped: made on the first call for this source and size, found again afterwards.
 
-    They are written into a folder of another name, which is renamed when whole and on the disk.
+    One process makes them, while others wait, in a folder that gets its name when all of it is on the disk.
     """
-    n, side = len(source.labels), cfg.image_size
-    probe = [source.load(i).tobytes() for i in np.linspace(0, n - 1, 20).astype(int)]     # the code counts, too
-    name = f"{Path(cfg.data).name}-{side}-{digest(source.identity, source.version, source.labels, probe)}"
-    whole, part = Path(cfg.cache) / name, Path(cfg.cache) / f"{name}.part-{socket.gethostname()}-{os.getpid()}"
-    if not whole.exists():
-        try:
-            if os.name == "posix":                                  # elsewhere, signal 0 is no question
-                sweep(cfg.cache)
-            part.mkdir(parents=True)
-            with (replacing(part / "images.npy") as file,           # not mapped: a full disk would kill, not raise
-                  ThreadPoolExecutor(os.cpu_count()) as pool,       # decoding lets go of Python's lock
-                  tqdm(total=n, desc=f"preparing {cfg.data}", unit="image") as bar):
-                np.lib.format.write_array_header_1_0(
-                    file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
-                for start in range(0, n, 256):
-                    for image in pool.map(source.load, range(start, min(start + 256, n))):
-                        file.write(image.transpose(2, 0, 1).tobytes())
-                        bar.update()
-            with replacing(part / "labels.npy") as file:
-                np.save(file, np.array(source.labels))
-            os.rename(part, whole)
-        except OSError as error:
-            if not whole.exists():                                  # else another run was faster, which serves as well
-                raise UserError(f"cannot write into {cfg.cache} ({error}): make room, or name another by --cache"
-                                ) from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    some = np.linspace(0, len(source.labels) - 1, 20).astype(int)
+    probe = [source.load(i).tobytes() for i in some]                # another code makes other arrays
+    name = f"{Path(cfg.data).name}-{cfg.image_size}-{digest(source.identity, source.version, source.labels, probe)}"
+    whole, part = Path(cfg.cache) / name, Path(cfg.cache) / f"{name}.part"
+    try:
+        if not whole.exists():
+            Path(cfg.cache).mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{whole}.lock"):                         # which the system opens when its owner is killed
+                if not whole.exists():
+                    try:
+                        write_arrays(cfg, source, part)
+                        os.rename(part, whole)
+                    finally:
+                        shutil.rmtree(part, ignore_errors=True)
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"cannot write into {cfg.cache} ({error}): make room, or name another by --cache") from None
     return np.load(whole / "images.npy", mmap_mode="r"), np.load(whole / "labels.npy")
+
+
+def write_arrays(cfg, source, folder):
+    """images.npy and labels.npy in a new folder."""
+    n, side = len(source.labels), cfg.image_size
+    shutil.rmtree(folder, ignore_errors=True)                       # a killed preparation's
+    folder.mkdir()
+    with (replacing(folder / "images.npy") as file,                 # not mapped: a full disk would kill, not raise
+          ThreadPoolExecutor(os.cpu_count()) as pool,               # decoding lets go of Python's lock
+          tqdm(total=n, desc=f"preparing {cfg.data}", unit="image") as bar):
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
+        for start in range(0, n, 256):
+            for image in pool.map(source.load, range(start, min(start + 256, n))):
+                file.write(image.transpose(2, 0, 1).tobytes())
+                bar.update()
+    with replacing(folder / "labels.npy") as file:
+        np.save(file, np.array(source.labels))
 
 
 # What a stream of random numbers is for. From 1, because numpy's seeding takes (a, b, 0) for (a, b).
@@ -380,9 +381,9 @@ class Runtime:
     """One process on one device: rank 0 of 1. Its two subclasses give the loop more of both, under the same names.
 
     A batch is divided over `shares` devices. This process loads part `rank` of `world` of it; on its machine it is
-    process number local_rank. `control` is the group in which processes agree on what has nothing to do with tensors.
+    process number local_rank. `patient` is the group in which processes wait for one another as long as it takes.
     """
-    rank, world, local_rank, shares, control = 0, 1, 0, 1, None
+    rank, world, local_rank, shares, patient = 0, 1, 0, 1, None
     launcher = "python"
     checkpoint = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
@@ -391,7 +392,7 @@ class Runtime:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
         self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
         self.grad_checkpoint = cfg.grad_checkpoint
-        self.stop = False
+        self.kind, self.stop = self.device.type, False
         if cfg.batch_size % (self.shares * cfg.accum):
             raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {self.shares} devices times --accum "
                             f"{cfg.accum}: take a multiple of {self.shares * cfg.accum}")
@@ -454,25 +455,25 @@ class Runtime:
         """The mean over all processes, as a list."""
         return numbers.tolist()
 
+    def maximum(self, number, group=None):
+        """The largest of all processes' whole numbers."""
+        number = torch.tensor(int(number))
+        if self.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+        return number.item()
+
     def any(self, flag):
         """Whether `flag` is true in any process."""
-        flag = torch.tensor(int(flag))
-        if self.world > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
-        return bool(flag)
+        return bool(self.maximum(flag))
+
+    def same(self, *values):
+        """Whether all processes have the same values."""
+        number = int(digest(*values)[:15], 16)
+        return self.maximum(number) == -self.maximum(-number)
 
     def meet(self):
         """Wait for all processes: for days, if it must be, where an exchange between devices would give up."""
-        self.any(False)
-
-    @contextlib.contextmanager
-    def first_here(self):
-        """Inside, the first process of each machine is done before its others begin."""
-        if self.local_rank > 0:
-            self.meet()
-        yield
-        if self.local_rank == 0:
-            self.meet()
+        self.maximum(0, self.patient)
 
     def say(self, text):
         if self.rank == 0:
@@ -497,15 +498,19 @@ class Runtime:
 class TorchrunRuntime(Runtime):
     """One process a device, started by torchrun on one or several machines. DDP averages the gradients."""
 
+    variables = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+
     def __init__(self, cfg):
-        self.rank, self.world, self.local_rank = (
-            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        self.shares, self.launcher = self.world, f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+        if missing := [name for name in self.variables if name not in os.environ]:
+            raise UserError(f"the environment looks like torchrun's, but lacks {', '.join(missing)}: start by "
+                            f"torchrun, or unset {', '.join(self.variables)}")
+        self.rank, self.world, self.local_rank, self.here = (int(os.environ[name]) for name in self.variables)
+        self.shares, self.launcher = self.world, f"torchrun --nproc_per_node={self.here}"
         super().__init__(cfg)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))     # data take their time
+        self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def close(self):
         self.meet()
@@ -516,7 +521,7 @@ class TorchrunRuntime(Runtime):
             raise UserError(f"--device {name} is one device: under torchrun take auto, cuda or cpu")
         if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
-        if 0 < torch.cuda.device_count() <= self.local_rank:
+        if 0 < torch.cuda.device_count() < self.here:
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: let torchrun start one process for "
                             f"each, by --nproc_per_node={torch.cuda.device_count()}")
         return pick_device(f"cuda:{self.local_rank}")
@@ -530,7 +535,7 @@ class TorchrunRuntime(Runtime):
 
     def mean(self, numbers):
         numbers = numbers.cpu()
-        dist.all_reduce(numbers, group=self.control)
+        dist.all_reduce(numbers)
         return (numbers / self.world).tolist()
 
 
@@ -539,10 +544,10 @@ class XLARuntime(Runtime):
     the batch over the chips of all machines, and the compiler adds the exchange."""
 
     def __init__(self, cfg):
-        if "LOCAL_RANK" in os.environ:                              # its processes would all believe to be rank 0 of 1
+        if "RANK" in os.environ:                                    # its processes would all believe to be rank 0 of 1
             raise UserError("--device xla drives all chips of a machine from one process: start it without torchrun")
         if cfg.compile:
-            raise UserError("--device xla compiles by itself: leave --compile out")
+            raise UserError("--device xla compiles by itself: take --no-compile")
         try:
             import torch_xla
             import torch_xla.backends
@@ -553,18 +558,23 @@ class XLARuntime(Runtime):
         except ImportError as error:
             raise UserError(f"--device xla needs torch_xla ({error}): pip install -e '.[tpu]', or take --device auto"
                             ) from None
-        xr.use_spmd()                                               # before anything touches a device
-        self.torch_xla, self.spmd, self.mesh = torch_xla, spmd, spmd.get_1d_mesh("data")
-        self.send, self.checkpoint = send_cpu_data_to_device, torch_xla.utils.checkpoint.checkpoint
-        self.rank, self.world, self.shares = xr.process_index(), xr.process_count(), xr.global_runtime_device_count()
-        self.on_tpu = xr.device_type() == "TPU"
+        try:
+            xr.use_spmd()                                           # before anything touches a device
+            self.mesh, self.shares = spmd.get_1d_mesh("data"), xr.global_runtime_device_count()
+        except RuntimeError as error:
+            raise UserError(f"torch_xla finds no device ({str(error)[:200]}): see to PJRT_DEVICE") from None
+        self.rank, self.world, self.on_tpu = xr.process_index(), xr.process_count(), xr.device_type() == "TPU"
+        self.torch_xla, self.spmd, self.send = torch_xla, spmd, send_cpu_data_to_device
+        self.checkpoint = torch_xla.utils.checkpoint.checkpoint     # torch's own cannot run there
         super().__init__(cfg)
+        self.kind = f"xla ({xr.device_type()})"
         if self.on_tpu and self.dtype == torch.float32:
             torch_xla.backends.set_mat_mul_precision("highest")     # it would multiply in bfloat16 otherwise
         if self.world > 1:
             import torch_xla.distributed.xla_backend  # noqa: F401  (which registers xla://)
 
-            dist.init_process_group("gloo", init_method="xla://", timeout=datetime.timedelta(days=7))
+            dist.init_process_group("gloo", init_method="xla://")
+            self.patient = dist.new_group(timeout=datetime.timedelta(days=7))
 
     def open_device(self, name):
         return self.torch_xla.device()
@@ -609,7 +619,7 @@ def open_runtime(cfg):
     """The Runtime that --device and the environment ask for."""
     if cfg.device == "xla":
         return XLARuntime(cfg)
-    return TorchrunRuntime(cfg) if "LOCAL_RANK" in os.environ else Runtime(cfg)
+    return TorchrunRuntime(cfg) if os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"} else Runtime(cfg)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -637,16 +647,17 @@ class Folder:
         self.out = Path(cfg.out)
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            for picture in (self.out / "samples").glob("[0-9]" * 6 + ".png"):
-                if int(picture.stem) > step:
+            for picture in (self.out / "samples").glob("[0-9]" * 6 + ".png*"):
+                if int(picture.name[:6]) > step:
                     picture.unlink()
             with replacing(self.out / "config.json", "w") as file:
                 file.write(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
             log = self.out / "log.csv"
-            rows = list(csv.reader(open(log)))[1:] if step and log.exists() else []
-            with replacing(log, "w", newline="") as file:           # a killed run may have left part of a row
-                csv.writer(file).writerows([self.columns] + [
-                    row for row in rows if len(row) == len(self.columns) and int(row[0]) <= step])
+            lines = log.read_text(errors="replace").splitlines()[1:] if step and log.exists() else []
+            rows = [line.split(",") for line in lines]              # of which a killed run may have left but a part
+            with replacing(log, "w", newline="") as file:
+                csv.writer(file).writerows([self.columns] + [row for row in rows if len(row) == len(
+                    self.columns) and row[0].isdecimal() and int(row[0]) <= step])
             self.log = open(log, "a", newline="")
         except OSError as error:
             raise UserError(f"cannot write into {self.out} ({error.strerror}): name another folder by --out") from None
@@ -676,8 +687,7 @@ class Folder:
             raise self.broken("a picture", error) from None
 
     def broken(self, what, error):
-        return UserError(f"cannot write {what} into {self.out} ({error}); the last checkpoint is as it was. Make room, "
-                         f"and go on by --resume {shlex.quote(str(self.out))}")
+        return UserError(f"cannot write {what} into {self.out} ({error}); {what_is_left(self.out)}")
 
 
 class NoFolder:
@@ -686,11 +696,25 @@ class NoFolder:
     def row(self, *values):
         pass
 
-    save = picture = row
+    def save(self, state):
+        pass
+
+    def picture(self, step, image):
+        pass
+
+
+def what_is_left(out):
+    """How to go on after a run has broken off."""
+    if (Path(out) / "ckpt.pt").exists():
+        return f"the last checkpoint is as it was: go on by --resume {shlex.quote(str(out))}"
+    return "no checkpoint had been written: start again"
 
 
 def sample_grid(cfg, rt, ema, class_names):
-    """A picture of guided samples, a row a class, the same noise every time."""
+    """A picture of guided samples, a row a class, the same noise every time.
+
+    All processes make it, though one writes it: so none waits long, and the machines of a pod run the same programs.
+    """
     labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
     images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=default_guidance(dataclasses.asdict(cfg)),
                            on_step=lambda *_: rt.finish_step())
@@ -713,7 +737,7 @@ class Deserted(UserError):
 
 def announce(cfg, rt, model, n, classes):
     """What will be run, in a line; and what may surprise."""
-    devices = f"{rt.shares} x {rt.device.type}" if rt.shares > 1 else rt.device
+    devices = f"{rt.shares} x {rt.kind}" if rt.shares > 1 else rt.kind
     rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
            f"{n} images, {classes} classes, {cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, "
            f"{str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
@@ -794,14 +818,17 @@ def train_step(cfg, rt, training, diffusion, batch, step):
 
 def train(cfg, rt):
     """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
-    with rt.first_here():
-        saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", mmap=rt.local_rank > 0) if cfg.resume else None
-        source, images, labels = open_data(cfg, saved)
+    saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", mmap=rt.local_rank > 0) if cfg.resume else None
+    source, images, labels = open_data(cfg, saved)
+    rt.meet()                                                       # preparing data takes some machines longer
     training, diffusion, start = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device), 0
     if saved:
         training.load(saved)
         start = saved["step"]
         del saved
+    if not rt.same(start, data_digest(source), rt.dtype, dataclasses.asdict(cfg) | dict(data="", cache="", resume="")):
+        raise UserError("the processes do not have the same flags, data, precision or checkpoint: start all by the "
+                        "same command line, with --out on a disk that all of them see")
     folder = Folder(cfg, start) if rt.rank == 0 else NoFolder()
     announce(cfg, rt, training.original, len(labels), len(source.class_names))
 
@@ -828,6 +855,8 @@ def train(cfg, rt):
                 folder.row(step, *numbers, speed)
                 bar.set_postfix_str(f"loss {numbers[0]:.4f}, {speed:.0f} images/s", refresh=False)
                 logged, clock = step, now
+            if sample_due and (last or not stop):                   # before the save: after a crash both are made again
+                folder.picture(step, sample_grid(cfg, rt, training.ema, source.class_names))
             if save_due or last or stop:
                 config = dict(dataclasses.asdict(cfg), data_digest=data_digest(source))
                 folder.save(to_cpu(dict(training.state(), step=step, config=config, class_names=source.class_names,
@@ -837,27 +866,26 @@ def train(cfg, rt):
                 rt.say(f"stopped and saved at step {step}; go on with: {rt.launcher} train.py --resume "
                        f"{shlex.quote(cfg.out)}")
                 return
-            if sample_due:
-                folder.picture(step, sample_grid(cfg, rt, training.ema, source.class_names))
             clock += time.perf_counter() - now                      # pictures and checkpoints are not training
     rt.say(farewell(cfg.out))
 
 
 def main(argv):
     cfg = parse_args(argv)
+    rt = open_runtime(cfg)
+    exit_on_sigterm()                                               # only now: no handler can run while that waits
     try:
-        rt = open_runtime(cfg)
         train(cfg, rt)
         rt.close()
-    except torch.OutOfMemoryError:
-        raise UserError("the device's memory does not hold this: raise --accum, or take --grad-checkpoint or a smaller "
-                        "--batch-size") from None
     except RuntimeError as error:
+        if any(words in str(error) for words in ("out of memory", "allocate memory", "RESOURCE_EXHAUSTED")):
+            raise UserError("the device's memory does not hold this: raise --accum, or take --grad-checkpoint or a "
+                            "smaller --batch-size") from None
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise UserError(f"torch.compile does not work here: take --no-compile ({str(error)[:200]})") from None
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise Deserted(f"another process of this run has ended, and its message says why; the last checkpoint is "
-                           f"as it was: go on by --resume {shlex.quote(cfg.out)}") from None
+            raise Deserted(f"another process of this run has ended, and its message says why; {what_is_left(cfg.out)}"
+                           ) from None
         raise
 
 
