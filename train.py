@@ -687,7 +687,7 @@ class Folder:
             raise self.broken("a picture", error) from None
 
     def broken(self, what, error):
-        return UserError(f"cannot write {what} into {self.out} ({error}); {what_is_left(self.out)}")
+        return UserError(f"cannot write {what} into {self.out} ({error}). Make room; {what_is_left(self.out)}")
 
 
 class NoFolder:
