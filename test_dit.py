@@ -1444,9 +1444,8 @@ def train_step(*args):
 def sample_grid(*args):
     at("sampling", "0")
     return grid(*args)
-def center_crop(*args, calls=[]):
-    calls.append(0)
-    if len(calls) == 30:                                                          # 20 are a probe before the writing
+def center_crop(*args, calls=iter(range(30))):
+    if next(calls, None) == 29:                                                   # 20 are a probe before the writing
         at("preparation", os.environ.get("RANK", "0"))                            # of the one who does it
     return draw(*args)
 it.train_step, it.sample_grid, it.center_crop = train_step, sample_grid, center_crop
