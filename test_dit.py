@@ -1314,6 +1314,7 @@ def launch(script, tmp_path, patch="", processes=1):
     """A file to start that is script.py but for `patch`, and the command to do so in so many processes."""
     path = tmp_path / f"{script}.py"
     path.write_text(f"import os, signal, sys, torch\nsys.path.insert(0, {str(HERE)!r})\nimport {script} as it, sample\n"
+                    "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
                     f"{patch}\nsample.run(it.main)\n")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [sys.executable, *torchrun * (processes > 1), str(path)]
