@@ -4,6 +4,8 @@
     python train.py --preset cifar10                            # CIFAR-10, downloaded by torchvision
     python train.py --preset cifar10 --data FOLDER              # your pictures, one folder a class
     python train.py --preset cifar10 --block in-context         # another of the paper's four designs
+    python train.py --preset imagenet256 --data FOLDER          # the paper's own: DiT-XL/2 on latents, encoded first
+    python train.py --preset imagenet256 --data FOLDER --init DiT-XL/2-256      # from the official weights on
     python train.py --resume runs/shapes                        # go on where a run stopped
     torchrun --nproc_per_node=8 train.py --preset cifar10       # one process on each of 8 GPUs
     python train.py --preset cifar10 --device xla               # all chips of a TPU machine, or of a pod
@@ -27,7 +29,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -49,12 +50,17 @@ from tqdm import tqdm
 
 from dit import DESIGNS, DiT, DiT_models, GaussianDiffusion
 from sample import (
+    SCALE,
+    VAE,
     Parser,
     UserError,
+    decode,
     default_guidance,
     exit_on_sigterm,
+    fit,
     grid_image,
     load_checkpoint,
+    load_vae,
     parse_classes,
     pick_device,
     replacing,
@@ -74,14 +80,15 @@ def flag(default, help):
 @dataclasses.dataclass
 class Config:
     # what to learn from
-    preset: str = flag("shapes", "shapes or cifar10: the settings to start from; every other flag changes one")
+    preset: str = flag("shapes", "shapes, cifar10 or imagenet256: settings to start from; every other flag changes one")
     data: str = flag("shapes", "shapes (built in), cifar10 (downloaded), or a folder with one folder of images a class")
     image_size: int = flag(16, "side of the square images in pixels; others are scaled and cropped to it")
+    vae: str = flag("", "train on latents of this VAE: a folder, or a name on the hub; nothing: on pixels")
     flip: bool = flag(True, "mirror half of the images (the paper's only augmentation)")
     cache: str = flag("runs/cache", "folder for prepared images")
     # the model (Table 1)
     model: str = flag("", "DiT-S/2 .. DiT-XL/8: sets the next four at once")
-    patch_size: int = flag(4, "side p of a patch, in pixels")
+    patch_size: int = flag(4, "side p of a patch, in pixels or latents")
     hidden_size: int = flag(128, "width D")
     depth: int = flag(4, "number of blocks")
     num_heads: int = flag(4, "attention heads")
@@ -93,6 +100,7 @@ class Config:
     lr: float = flag(1e-4, "learning rate of AdamW (no weight decay)")
     lr_decay_steps: int = flag(0, "let the rate fall linearly to 0 over so many steps; 0 = constant, as in the paper")
     beta2: float = flag(0.999, "AdamW's second beta")
+    init: str = flag("", "take the first weights from this checkpoint, a ckpt.pt or an official one")
     ema_decay: float = flag(0.9999, "decay of the averaged weights that are sampled from; warms up in short runs")
     label_drop: float = flag(0.1, "share of labels replaced by the null label, for guidance")
     seed: int = flag(0, "determines initial weights, order, flips, noise: all that is random")
@@ -118,11 +126,13 @@ PRESETS = {
     # CIFAR-10 in pixel space with the paper's recipe; DiT-S/4 has the paper's 64 tokens of DiT-S/4 on latents.
     "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
                     ckpt_every=1000, sample_every=1000, cfg_scale=3.0),
+    # The paper's own: latents of 32x32x4; its tables have 400,000 steps, its best model 7,000,000.
+    "imagenet256": dict(data="", image_size=256, vae=VAE, model="DiT-XL/2"),
 }
 
-# What --resume lets a flag change: all that does not make it another run (of --data, train() compares what is in it).
-MAY_CHANGE = {"data", "steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every", "ckpt_every",
-              "sample_every", "cfg_scale", "cache"}
+# What --resume lets a flag change: all that does not make it another run. What --data and --vae hold is compared later.
+MAY_CHANGE = {"data", "vae", "steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every",
+              "ckpt_every", "sample_every", "cfg_scale", "cache"}
 
 RANGES = {  # name: (at least, less than)
     "image_size": (1, 4097), "patch_size": (1, math.inf), "hidden_size": (4, math.inf), "depth": (1, math.inf),
@@ -133,7 +143,9 @@ RANGES = {  # name: (at least, less than)
 
 
 def model_args(cfg, num_classes):
-    return dict(input_size=cfg.image_size, patch_size=cfg.patch_size, in_channels=3, hidden_size=cfg.hidden_size,
+    """The arguments of DiT for this run."""
+    side, channels = (cfg.image_size // 8, 4) if cfg.vae else (cfg.image_size, 3)
+    return dict(input_size=side, patch_size=cfg.patch_size, in_channels=channels, hidden_size=cfg.hidden_size,
                 depth=cfg.depth, num_heads=cfg.num_heads, num_classes=num_classes, block=cfg.block)
 
 
@@ -145,6 +157,10 @@ def check(cfg):
                             + (f" and less than {high}" if high < math.inf else ""))
     if cfg.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
+    if cfg.vae and cfg.image_size % 8:
+        raise UserError(f"--image-size {cfg.image_size} is not divisible by 8, by which the VAE makes images smaller")
+    if not cfg.data:
+        raise UserError("name your images: --data FOLDER, with one folder of them a class")
     try:
         with torch.device("meta"):
             DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
@@ -165,8 +181,10 @@ def parse_args(argv):
                             help=field.metadata["help"] + ("" if plain in ("", None) else f" (shapes: {plain})"),
                             **(dict(action=argparse.BooleanOptionalAction) if yes_or_no else dict(type=field.type)))
     flags = vars(parser.parse_args(argv))
-    if flags.get("data") not in (None, "shapes", "cifar10"):
+    if flags.get("data") not in (None, "", "shapes", "cifar10"):
         flags["data"] = os.path.abspath(flags["data"])             # to be found again from any folder
+    if os.path.exists(flags.get("vae", "")):
+        flags["vae"] = os.path.abspath(flags["vae"])
     if "resume" in flags:
         return resumed_config(flags)
     preset = flags.get("preset", "shapes")
@@ -193,11 +211,12 @@ def resumed_config(flags):
     folder = flags.pop("resume")
     if os.path.isfile(folder):
         folder = os.path.dirname(folder) or "."                     # its ckpt.pt was named
-    saved = load_checkpoint(Path(folder) / "ckpt.pt", mmap=True)    # only its settings are looked at here
+    saved = load_checkpoint(Path(folder) / "ckpt.pt", check=False)  # only its settings are looked at here
     config = dataclasses.asdict(Config())                           # an older version's may lack a field, or have more
     config = {name: saved["config"].get(name, default) for name, default in config.items()}
+    may_change = MAY_CHANGE - ({"vae"} if not flags.get("vae") or not config["vae"] else set())     # pixels, or latents
     different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
-                 if name not in MAY_CHANGE and value != config[name]]
+                 if name not in may_change and value != config[name]]
     if different:
         raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start anew by --out")
     cfg = Config(**{**config, **flags, "out": folder, "resume": folder})
@@ -208,7 +227,7 @@ def resumed_config(flags):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: from any source to two arrays, images uint8 (n, 3, I, I) and labels (n,)
+# Data: from any source to two arrays, labels (n,) and images (n, ...): pixels, or the moments of their latents
 
 
 class Source(NamedTuple):
@@ -302,49 +321,131 @@ def digest(*values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def prepare_data(cfg, source):
-    """(images, labels), memory-mapped: made on the first call for this source and size, found again afterwards.
+class Pixels:
+    """What a run on pixels keeps of its images: uint8 (3, I, I) each."""
 
-    One process makes them, while others wait, in a folder that gets its name when all of it is on the disk.
+    def __init__(self, cfg):
+        self.shape, self.dtype, self.slow = (3, cfg.image_size, cfg.image_size), np.uint8, False
+        self.identity, self.constants = [], {}
+
+    def encode(self, images):                                       # uint8 (k, I, I, 3)
+        return images.transpose(0, 3, 1, 2)                         # uint8 (k, 3, I, I)
+
+    def decode(self, x):
+        return x
+
+
+class Latents:
+    """What a run on latents keeps of its images: mean and standard deviation of the VAE's posterior (Sec. 3.1), of the
+    image and of its mirror image: float16 (2, 2 C, I/8, I/8) each. The mirrored latent is not the mirror's latent."""
+
+    def __init__(self, cfg, rt):
+        self.name, self.vae = cfg.vae, load_vae(cfg.vae, rt.own_device)
+        side = cfg.image_size // 8
+        self.shape, self.dtype, self.slow = (2, 8, side, side), np.float16, True
+        self.constants = dict(scale=SCALE)
+        weights = hashlib.sha256()
+        for tensor in self.vae.state_dict().values():
+            weights.update(tensor.cpu().numpy().tobytes())
+        self.identity = [SCALE, weights.hexdigest()]                # another VAE makes another cache
+
+    @torch.no_grad()
+    def encode(self, images):                                       # uint8 (k, I, I, 3)
+        moments = []
+        for some in np.array_split(images, -(-len(images) // 8)):
+            x = torch.from_numpy(some.transpose(0, 3, 1, 2).copy()).to(self.vae.device) / 127.5 - 1
+            both = [self.vae.encode(view).latent_dist for view in (x, x.flip(3))]
+            moments.append(torch.stack([torch.cat([p.mean, p.std], dim=1) for p in both], dim=1).cpu())
+        moments = torch.cat(moments).half()                         # (k, 2, 2C, I/8, I/8)
+        if not moments.isfinite().all():
+            raise UserError(f"the VAE {self.name} makes latents that are no numbers: take another by --vae")
+        return moments.numpy()
+
+    def spread(self, images):
+        """The standard deviation of what the model is to learn, about 1 as its noise."""
+        mean, std = np.split(images[::-(-len(images) // 100), 0].astype(np.float32), 2, axis=1)
+        return SCALE * np.sqrt(mean.var() + (std ** 2).mean())
+
+    def decode(self, x):
+        return decode(self.vae, x, SCALE)
+
+
+PART = 256                      # images that one process prepares at a time
+
+
+def prepare_data(cfg, rt, source, space):
+    """(images, labels), memory-mapped: made on the first call for this source and space, found again afterwards.
+
+    Processes that come at the same time share the work by parts; what a killed one has left undone, others do, or the
+    next run. labels.npy is written last: a folder that has none is not whole.
     """
-    some = np.linspace(0, len(source.labels) - 1, 20).astype(int)
+    n = len(source.labels)
+    some = np.linspace(0, n - 1, 20).astype(int)
     probe = [source.load(i).tobytes() for i in some]                # another code makes other arrays
-    name = f"{Path(cfg.data).name}-{cfg.image_size}-{digest(source.identity, source.version, source.labels, probe)}"
-    whole, part = Path(cfg.cache) / name, Path(cfg.cache) / f"{name}.part"
+    key = digest(source.identity, source.version, source.labels, probe, space.identity, PART)
+    folder = Path(cfg.cache) / f"{Path(cfg.data).name}-{cfg.image_size}-{key}"
     try:
-        if not whole.exists():
-            Path(cfg.cache).mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{whole}.lock"):                         # which the system opens when its owner is killed
-                if not whole.exists():
-                    try:
-                        write_arrays(cfg, source, part)
-                        os.rename(part, whole)
-                    finally:
-                        shutil.rmtree(part, ignore_errors=True)
+        if not (folder / "labels.npy").exists():
+            write_images(cfg, rt, source, space, folder)
+            with FileLock(f"{folder}.lock"):
+                if not (folder / "labels.npy").exists():
+                    with replacing(folder / "settings.json", "w") as file:
+                        json.dump(dict(data=cfg.data, image_size=cfg.image_size, vae=cfg.vae, **space.constants), file)
+                    with replacing(folder / "labels.npy") as file:
+                        np.save(file, np.array(source.labels))
+                    for mark in [*folder.glob("*.done"), *folder.glob("*.lock")]:
+                        mark.unlink()
+        return np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
     except (OSError, NotImplementedError) as error:
         raise UserError(f"cannot write into {cfg.cache} ({error}): make room, or name another by --cache") from None
-    return np.load(whole / "images.npy", mmap_mode="r"), np.load(whole / "labels.npy")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({error}): remove it, and it will be made again") from None
 
 
-def write_arrays(cfg, source, folder):
-    """images.npy and labels.npy in a new folder."""
-    n, side = len(source.labels), cfg.image_size
-    shutil.rmtree(folder, ignore_errors=True)                       # a killed preparation's
-    folder.mkdir()
-    with (replacing(folder / "images.npy") as file,                 # not mapped: a full disk would kill, not raise
-          ThreadPoolExecutor(os.cpu_count()) as pool,               # decoding lets go of Python's lock
-          tqdm(total=n, desc=f"preparing {cfg.data}", unit="image") as bar):
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
-        for start in range(0, n, 256):
-            for image in pool.map(source.load, range(start, min(start + 256, n))):
-                file.write(image.transpose(2, 0, 1).tobytes())
-                bar.update()
-    with replacing(folder / "labels.npy") as file:
-        np.save(file, np.array(source.labels))
+def write_images(cfg, rt, source, space, folder):
+    """images.npy: first this process's share of the parts, then what the others have not done."""
+    n, dtype = len(source.labels), np.dtype(space.dtype)
+    size = math.prod(space.shape) * dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "images.npy").exists():
+            for mark in folder.glob("*.done"):
+                mark.unlink()                                       # of a file that somebody has removed
+            with replacing(folder / "images.npy") as file:          # not mapped: a full disk would kill, not raise
+                np.lib.format.write_array_header_1_0(
+                    file, dict(descr=dtype.str, fortran_order=False, shape=(n, *space.shape)))
+                file.truncate(file.tell() + n * size)
+
+    def done(start):
+        return (folder / f"{start}.done").exists() or (folder / "labels.npy").exists()
+
+    def load(start):
+        return np.stack(list(pool.map(source.load, range(start, min(start + PART, n)))))
+
+    def write(start):
+        with FileLock(folder / f"{start}.lock"):
+            if not done(start):
+                images = space.encode(load(start))
+                with open(folder / "images.npy", "r+b") as file:
+                    file.seek((start - n) * size, os.SEEK_END)
+                    file.write(images.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                (folder / f"{start}.done").touch()
+
+    share = range(rt.rank * PART, n, rt.world * PART)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:                # decoding lets go of Python's lock
+        if space.slow:                                              # a broken image is told now, not in hours
+            for start in tqdm(share, desc=f"looking at {cfg.data}", unit="part", disable=rt.rank > 0):
+                done(start) or load(start)
+        with tqdm(total=n, desc=f"preparing {cfg.data}", unit="image", disable=rt.rank > 0) as bar:
+            for start in [*share, *(start for start in range(0, n, PART) if start not in share)]:
+                done(start) or write(start)
+                bar.update(min(PART, n - start))
 
 
 # What a stream of random numbers is for. From 1, because numpy's seeding takes (a, b, 0) for (a, b).
-ORDER, FLIP, TIME, NOISE, DROP = range(1, 6)
+ORDER, FLIP, TIME, NOISE, DROP, POSTERIOR = range(1, 7)
 
 
 @functools.lru_cache(maxsize=2)
@@ -355,7 +456,8 @@ def permutation(n, seed, epoch):
 def draw_batch(cfg, images, labels, step, share=slice(None)):
     """(x, y, t, noise, drop) of a step as CPU tensors: a function of (seed, step) and the data.
 
-    All is drawn for the global batch, so that it does not depend on who asks; `share` is the part that is returned.
+    x: uint8 pixels, or float32 latents drawn from their posterior. All is drawn for the global batch, so that it does
+    not depend on who asks; `share` is the part that is returned.
     """
     def rng(purpose):
         return np.random.default_rng((cfg.seed, step, purpose))
@@ -365,11 +467,16 @@ def draw_batch(cfg, images, labels, step, share=slice(None)):
     index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place, strict=True)])
     flip = (rng(FLIP).random(cfg.batch_size) < 0.5) & cfg.flip
     t = rng(TIME).integers(1000, size=cfg.batch_size)
-    noise = rng(NOISE).standard_normal((cfg.batch_size, *images.shape[1:]), dtype=np.float32)
+    shape = (cfg.batch_size, 4 if cfg.vae else 3, *images.shape[-2:])
+    noise = rng(NOISE).standard_normal(shape, dtype=np.float32)
     drop = rng(DROP).random(cfg.batch_size) < cfg.label_drop
     index, flip = index[share], flip[share]
-    x = images[index]
-    x = np.where(flip[:, None, None, None], x[..., ::-1], x)
+    if cfg.vae:
+        mean, std = np.split(images[index, flip.astype(int)].astype(np.float32), 2, axis=1)
+        x = SCALE * (mean + std * rng(POSTERIOR).standard_normal(shape, dtype=np.float32)[share])
+    else:
+        x = images[index]
+        x = np.where(flip[:, None, None, None], x[..., ::-1], x)
     return tuple(map(torch.from_numpy, (x, labels[index], t[share], noise[share], drop[share])))
 
 
@@ -381,14 +488,15 @@ class Runtime:
     """One process on one device: rank 0 of 1. Its two subclasses give the loop more of both, under the same names.
 
     A batch is divided over `shares` devices. This process loads part `rank` of `world` of it; on its machine it is
-    process number local_rank. `patient` is the group in which processes wait for one another as long as it takes.
+    process number local_rank. `patient` is the group in which processes wait for one another as long as it takes;
+    own_device is for what a process does without the others.
     """
     rank, world, local_rank, shares, patient = 0, 1, 0, 1, None
     launcher = "python"
     checkpoint = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
     def __init__(self, cfg):
-        self.device = self.open_device(cfg.device)
+        self.device = self.own_device = self.open_device(cfg.device)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
         self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
         self.grad_checkpoint = cfg.grad_checkpoint
@@ -571,6 +679,7 @@ class XLARuntime(Runtime):
         if self.on_tpu and self.dtype == torch.float32:
             torch_xla.backends.set_mat_mul_precision("highest")     # it would multiply in bfloat16 otherwise
         if self.world > 1:
+            self.own_device = torch.device("cpu")                   # on the other, all machines run the same programs
             import torch_xla.distributed.xla_backend  # noqa: F401  (which registers xla://)
 
             dist.init_process_group("gloo", init_method="xla://")
@@ -710,15 +819,15 @@ def what_is_left(out):
     return "no checkpoint had been written: start again"
 
 
-def sample_grid(cfg, rt, ema, class_names):
+def sample_grid(cfg, rt, ema, space, class_names):
     """A picture of guided samples, a row a class, the same noise every time.
 
     All processes make it, though one writes it: so none waits long, and the machines of a pod run the same programs.
     """
     labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
     images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=default_guidance(dataclasses.asdict(cfg)),
-                           on_step=lambda *_: rt.finish_step())
-    return grid_image(to_uint8(images), 8)
+                           clip_denoised=not cfg.vae, on_step=lambda *_: rt.finish_step())
+    return grid_image(to_uint8(space.decode(images)), 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -735,14 +844,17 @@ class Deserted(UserError):
     status = 1
 
 
-def announce(cfg, rt, model, n, classes):
+def announce(cfg, rt, model, source, space, images):
     """What will be run, in a line; and what may surprise."""
+    n, classes = len(images), len(source.class_names)
     devices = f"{rt.shares} x {rt.kind}" if rt.shares > 1 else rt.kind
     rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
            f"{n} images, {classes} classes, {cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, "
            f"{str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
     if 0 < cfg.lr_decay_steps < cfg.steps:
         rt.say(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0: nothing is learned")
+    if cfg.vae and not 0.5 < (spread := space.spread(images)) < 2:
+        rt.say(f"note: the latents' standard deviation is {spread:.2f}, far from 1: is --vae Stable Diffusion's?")
 
 
 def farewell(out):
@@ -757,18 +869,19 @@ def progress_bar(rt, steps, start):
                 disable=rt.rank > 0)
 
 
-def open_data(cfg, run):
-    """(source, images, labels) of --data; `run`: the state of the run to go on with, if any. UserError if it was
+def open_data(cfg, rt, run):
+    """(source, space) of --data and --vae; `run`: the state of the run to go on with, if any. UserError if it was
     trained on other images."""
-    source = open_source(cfg)
-    if run and run["config"].get("data_digest") not in (None, data_digest(source)):
-        raise UserError(f"--data {cfg.data} does not hold the images that {cfg.out} was trained on: bring them back, "
-                        "or start anew by --out")
-    return source, *prepare_data(cfg, source)
+    source, space = open_source(cfg), Latents(cfg, rt) if cfg.vae else Pixels(cfg)
+    if run and run["config"].get("data_digest") not in (None, data_digest(source, space)):
+        vae = f", or --vae {cfg.vae} is not the VAE," if cfg.vae else ""
+        raise UserError(f"--data {cfg.data} does not hold the images{vae} that {cfg.out} was trained on: bring them "
+                        "back, or start anew by --out")
+    return source, space
 
 
-def data_digest(source):
-    return digest(source.identity, source.class_names)
+def data_digest(source, space):
+    return digest(source.identity, source.class_names, *space.identity)
 
 
 class Training:
@@ -780,6 +893,15 @@ class Training:
         self.ema = copy.deepcopy(self.original).to(rt.device).requires_grad_(False)
         self.model = rt.prepare(self.original.to(rt.device))        # what is called; its weights are the original's
         self.opt = rt.optimizer(self.original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
+
+    def start_from(self, path):
+        """Take the averaged weights of a checkpoint; another number of classes takes a new label table."""
+        table, state = "y_embedder.embedding_table.weight", load_checkpoint(path)["ema"]
+        own = self.original.state_dict()[table]
+        other = table in state and len(state[table]) != len(own)
+        fit(path, self.original, state | ({table: own} if other else {}), whose="the flags describe (see --model)")
+        self.ema.load_state_dict(self.original.state_dict())
+        return "all but the label table" if other else "all weights"
 
     def state(self):
         return dict(model=self.original.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict())
@@ -802,7 +924,8 @@ def train_step(cfg, rt, training, diffusion, batch, step):
         x, y, t, noise, drop = rt.put(part)
         with rt.accumulating(last=k == cfg.accum):
             with rt.autocast():
-                losses = diffusion.training_losses(training.model, x / 127.5 - 1, t, noise, y=y, drop=drop)
+                x_start = x / 127.5 - 1 if x.dtype == torch.uint8 else x
+                losses = diffusion.training_losses(training.model, x_start, t, noise, y=y, drop=drop)
             means = torch.stack([losses[name].mean() for name in ("loss", "mse", "vb")]) / cfg.accum
             means[0].backward()
         totals = totals + means.detach()
@@ -818,19 +941,23 @@ def train_step(cfg, rt, training, diffusion, batch, step):
 
 def train(cfg, rt):
     """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
-    saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", mmap=rt.local_rank > 0) if cfg.resume else None
-    source, images, labels = open_data(cfg, saved)
-    rt.meet()                                                       # preparing data takes some machines longer
+    saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", check=rt.local_rank == 0) if cfg.resume else None
+    source, space = open_data(cfg, rt, saved)
     training, diffusion, start = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device), 0
     if saved:
         training.load(saved)
         start = saved["step"]
         del saved
-    if not rt.same(start, data_digest(source), rt.dtype, dataclasses.asdict(cfg) | dict(data="", cache="", resume="")):
+    elif cfg.init:
+        rt.say(f"{training.start_from(cfg.init)} taken from {cfg.init}")
+    images, labels = prepare_data(cfg, rt, source, space)
+    rt.meet()                                                       # which may take some machines longer
+    places = dict(data="", vae="", cache="", resume="")             # which may differ, if what is there does not
+    if not rt.same(start, data_digest(source, space), rt.dtype, dataclasses.asdict(cfg) | places):
         raise UserError("the processes do not have the same flags, data, precision or checkpoint: start all by the "
                         "same command line, with --out on a disk that all of them see")
     folder = Folder(cfg, start) if rt.rank == 0 else NoFolder()
-    announce(cfg, rt, training.original, len(labels), len(source.class_names))
+    announce(cfg, rt, training.original, source, space, images)
 
     finite = torch.ones((), dtype=torch.bool, device=rt.device)
     logged, clock = start, time.perf_counter()
@@ -856,9 +983,9 @@ def train(cfg, rt):
                 bar.set_postfix_str(f"loss {numbers[0]:.4f}, {speed:.0f} images/s", refresh=False)
                 logged, clock = step, now
             if sample_due and (last or not stop):                   # before the save: after a crash both are made again
-                folder.picture(step, sample_grid(cfg, rt, training.ema, source.class_names))
+                folder.picture(step, sample_grid(cfg, rt, training.ema, space, source.class_names))
             if save_due or last or stop:
-                config = dict(dataclasses.asdict(cfg), data_digest=data_digest(source))
+                config = dict(dataclasses.asdict(cfg), data_digest=data_digest(source, space), **space.constants)
                 folder.save(to_cpu(dict(training.state(), step=step, config=config, class_names=source.class_names,
                                         model_args=model_args(cfg, len(source.class_names)))))
                 rt.meet()                                           # the one who writes may take long
