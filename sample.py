@@ -6,20 +6,24 @@
     python sample.py runs/shapes/ckpt.pt --gif film.gif                       # x_t beside the predicted x_0
     python sample.py DiT-XL/2-256 --classes otter,207 --sampler dpm++         # official weights, downloaded once
     torchrun --nproc_per_node=8 sample.py CKPT --num-samples 50000 --out DIR  # a set for FID
+    python sample.py DiT-XL/2 --bench --dtype bf16                            # images/s, of any size of Table 1
 
 All that concerns the model (sizes, classes, pixels) is in the checkpoint. Image i of a run depends on its class, --seed
 and i alone, so that neither the number of images nor the batch size changes it.
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import math
 import os
 import signal
 import sys
+import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
@@ -27,6 +31,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dit import DiT, DiT_models, GaussianDiffusion
@@ -55,6 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """main(), with a UserError as one line and its exit status in place of a traceback."""
+    keep_freed_memory()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -63,6 +69,31 @@ def run(main):
         sys.exit(error.status)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed for what comes next: every 4 KB that it returns and asks for again is a fault."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2 ** 25)                          # the largest it takes
+
+
+def out_of_memory(error):
+    return any(words in str(error) for words in ("out of memory", "allocate memory", "RESOURCE_EXHAUSTED"))
+
+
+@contextlib.contextmanager
+def limits_told(smaller):
+    """Inside, what this machine cannot do is a UserError; `smaller` says how to need less memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise UserError(f"the device's memory does not hold this: {smaller}") from None
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise UserError(f"torch.compile does not work here: take --no-compile ({str(error)[:200]})") from None
+        raise
 
 
 def exit_on_sigterm():
@@ -98,6 +129,59 @@ def pick_device(name):
         there = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"no device {name!r} here: take --device auto, or one of {there}")
     return device
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --bench, here and in train.py
+
+
+def wait_for(device):
+    """Return when the device has nothing left to do."""
+    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)()
+
+
+def matrix_rate(device, dtype, wait):
+    """(n, flop/s) of a product of two large n x n matrices, the best of five: what the device has to give."""
+    n = 4096 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        wait()
+        began = time.perf_counter()
+        product = a @ b                                             # held: what nobody holds may never be computed
+        wait()
+        times.append(time.perf_counter() - began)
+        del product
+    return n, 2 * n ** 3 / min(times[1:])
+
+
+def forward_flops(model_args):
+    """Flops of a forward pass of one image, two a multiply-add (the paper's "Gflops" are multiply-adds)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model, one = DiT(**model_args), torch.zeros(1, dtype=torch.long)
+        side = model.grid_size * model.patch_size
+        model(torch.zeros(1, model.in_channels, side, side), one, one)
+    return counter.get_total_flops()
+
+
+def peak_memory(device):
+    """The most bytes that there have been on a CUDA device, elsewhere in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # which Windows has not
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def speed(images, times, flops, peak, best):
+    """The line of --bench: `times` of steps that take `flops` each on a device and bring so many images, or parts."""
+    low, middle, high = np.quantile(times, (0.1, 0.5, 0.9))
+    rate, (n, limit) = flops / middle, best
+    return (f"{images / middle:.4g} images/s; {1000 * middle:.4g} ms a step ({1000 * low:.4g} to {1000 * high:.4g} for "
+            f"80 % of {len(times)}); {peak / 1e9:.3g} GB at the most; {rate / 1e12:.3g} TFLOP/s a device, "
+            f"{rate / limit:.0%} of {limit / 1e12:.3g} in a product of {n} x {n} matrices")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,7 +286,7 @@ def load_model(path_or_name, device="cpu"):
 
     path_or_name: a ckpt.pt of train.py, or its folder; a .pt of the official layout, or of the official train.py; or
     one of OFFICIAL, which is downloaded once. info: dict(config, class_names (one a class), step, space: "pixel" or
-    "latent").
+    "latent", model_args: those of DiT).
     """
     checkpoint = load_checkpoint(path_or_name)
     try:
@@ -213,7 +297,7 @@ def load_model(path_or_name, device="cpu"):
     model = model.to_empty(device="cpu")
     fit(path_or_name, model, checkpoint["ema"])
     info = dict(config=checkpoint["config"], class_names=checkpoint["class_names"], step=checkpoint["step"],
-                space="latent" if "scale" in checkpoint["config"] else "pixel")
+                space="latent" if "scale" in checkpoint["config"] else "pixel", model_args=checkpoint["model_args"])
     return model.to(device).eval().requires_grad_(False), info
 
 
@@ -378,14 +462,17 @@ def make_set(args, settings, labels, draw):
                 raise UserError(f"{out} holds another set, of {', '.join(different)}: name another folder by --out")
             with replacing(out / "settings.json", "w") as file:
                 json.dump(settings, file, indent=1)
-        for start in tqdm(range(args.batch_size * rank, len(labels), args.batch_size * world), disable=rank > 0,
-                          desc="sampling", unit="batch"):
-            batch = range(start, min(start + args.batch_size, len(labels)))
-            paths = [out / f"{i:06d}.png" for i in batch]
-            if not all(path.exists() for path in paths):
-                for path, image in zip(paths, draw([labels[i] for i in batch], batch), strict=True):
-                    with replacing(path) as file:
-                        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="png")
+        with ThreadPoolExecutor(1) as writer:                       # writes a batch while the next is drawn
+            written = writer.submit(write_pngs, [], [])
+            for start in tqdm(range(args.batch_size * rank, len(labels), args.batch_size * world), disable=rank > 0,
+                              desc="sampling", unit="batch"):
+                batch = range(start, min(start + args.batch_size, len(labels)))
+                paths = [out / f"{i:06d}.png" for i in batch]
+                if not all(path.exists() for path in paths):
+                    images = draw([labels[i] for i in batch], batch)
+                    written.result()
+                    written = writer.submit(write_pngs, paths, images)
+            written.result()
         paths = [out / f"{i:06d}.png" for i in range(len(labels))]
         with FileLock(out / ".lock"):
             if all(path.exists() for path in paths) and not (out / "samples.npz").exists():
@@ -393,6 +480,12 @@ def make_set(args, settings, labels, draw):
                 print(f"{out}: {len(labels)} images, and samples.npz for ADM's evaluation")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot fill {out} ({error}): make room, or name another folder by --out") from None
+
+
+def write_pngs(paths, images):
+    for path, image in zip(paths, images, strict=True):
+        with replacing(path) as file:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="png")
 
 
 def write_npz(path, pictures):
@@ -446,6 +539,12 @@ def parse_args(argv):
     parser.add_argument("--out", help="the picture, or the folder of the set, to write (default: samples.png, samples)")
     parser.add_argument("--gif", help="an animation to write as well: x_t beside the predicted x_0")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
+                        help="bf16: faster where the hardware has it; images differ a little, with the batch size too")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="torch.compile the model: pays in large sets")
+    parser.add_argument("--bench", action="store_true", help="time batches of 1, 8 and --batch-size, or what of it "
+                        "fits, instead; the checkpoint may be a size of Table 1, DiT-S/2 say, with random weights")
     args = parser.parse_args(argv)
     args.steps = args.steps if args.steps is not None else 25 if args.sampler == "dpm++" else 250
     for name, low, high in [("per_class", 1, 1000), ("steps", 1, 1000), ("batch_size", 1, 10**5), ("seed", 0, 2**63)]:
@@ -453,6 +552,8 @@ def parse_args(argv):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: {low} to {high}")
     if args.cfg_scale is not None and not np.isfinite(args.cfg_scale):
         raise UserError(f"--cfg-scale {args.cfg_scale} is no number to guide with: 1.0 is no guidance, 4.0 is strong")
+    if args.bench and (args.gif or args.out or args.num_samples is not None):
+        raise UserError("--bench leaves nothing: leave --out, --gif and --num-samples out")
     if args.num_samples is not None:
         args.out = args.out or "samples"
         if not 1 <= args.num_samples <= 10**6:
@@ -471,12 +572,66 @@ def parse_args(argv):
     return args
 
 
+def sample_as_asked(args, model, labels, indices, **kwargs):
+    """sample_images by the command line's settings."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        return sample_images(model, labels, indices, seed=args.seed, cfg_scale=args.cfg_scale, sampler=args.sampler,
+                             cfg_channels=args.cfg_channels, steps=args.steps, **kwargs)
+
+
+def random_model(name, device):
+    """(model, info) as load_model's: of a size of Table 1, untrained, for latents of 32 x 32."""
+    model = DiT_models[name]().to(device).eval().requires_grad_(False)
+    info = dict(config=dict(cfg_scale=4.0, label_drop=0.1), class_names=[str(c) for c in range(1000)], step=0,
+                space="latent", model_args=DiT_models[name].keywords)
+    return model, info
+
+
+def step_times(args, model, n, clip_denoised, timed=10):
+    """The seconds of each of some steps of a batch of n, after one to get warm."""
+    device, stamps = next(model.parameters()).device, []
+
+    def on_step(*_):
+        wait_for(device)
+        stamps.append(time.perf_counter())
+
+    sample_as_asked(args, model, [0] * n, range(n), clip_denoised=clip_denoised, on_step=on_step,
+                    progress=lambda steps: steps[:timed + 2])
+    return np.diff(stamps)[1:]
+
+
+def bench(args, model, info):
+    """Time the sampler at batch 1, 8 and --batch-size, which is halved until it fits, without decoding."""
+    device = next(model.parameters()).device
+    best = matrix_rate(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32, lambda: wait_for(device))
+    flops = (1 if args.cfg_scale == 1 else 2) * forward_flops(info["model_args"])
+    print(f"{args.checkpoint}: {args.sampler}, {args.steps} steps, guidance {args.cfg_scale:g}; {device.type}, "
+          f"{args.dtype}{', compiled' if args.compile else ''}", flush=True)
+    sizes = {1, min(8, args.batch_size), args.batch_size}
+    while sizes:
+        n = min(sizes)
+        sizes.remove(n)
+        try:
+            times = step_times(args, model, n, clip_denoised=info["space"] == "pixel")
+        except RuntimeError as error:
+            if n == 1 or not out_of_memory(error):
+                raise
+            sizes.add(n // 2)
+        else:
+            print(f"batch {n}:", speed(n / args.steps, times, n * flops, peak_memory(device), best), flush=True)
+
+
+@limits_told("take a smaller --batch-size")
 def main(argv):
     args = parse_args(argv)
     exit_on_sigterm()
     gpu = args.device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
     device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else args.device)
-    model, info = load_model(args.checkpoint, device)
+    if args.bench and args.checkpoint in DiT_models:
+        model, info = random_model(args.checkpoint, device)
+    else:
+        model, info = load_model(args.checkpoint, device)
     latent = info["space"] == "latent"
     if args.vae and not latent:
         raise UserError(f"{args.checkpoint} makes pixels: leave --vae out")
@@ -487,6 +642,10 @@ def main(argv):
     if args.cfg_scale != 1 and info["config"]["label_drop"] == 0:
         raise UserError("this checkpoint was trained without label dropout, so it has no null class to guide against: "
                         "take --cfg-scale 1")
+    if args.compile:
+        model.compile(dynamic=False)
+    if args.bench:
+        return bench(args, model, info)
     sets = args.num_samples is not None
     if sets and device.type == "cpu":
         torch.set_num_threads(1)                                    # more would round differently
@@ -501,13 +660,11 @@ def main(argv):
         return to_uint8(decode(vae, x, info["config"]["scale"]) if latent else x)
 
     def draw(labels, indices, on_step=None):
-        return to_picture(sample_images(
-            model, labels, indices, seed=args.seed, cfg_scale=args.cfg_scale, cfg_channels=args.cfg_channels,
-            steps=args.steps, sampler=args.sampler, clip_denoised=not latent, on_step=on_step))
+        return to_picture(sample_as_asked(args, model, labels, indices, clip_denoised=not latent, on_step=on_step))
 
     if sets:
         settings = {name: getattr(args, name) for name in (
-            "num_samples", "cfg_scale", "cfg_channels", "steps", "sampler", "seed", "batch_size")}
+            "num_samples", "cfg_scale", "cfg_channels", "steps", "sampler", "seed", "batch_size", "dtype", "compile")}
         weights = functools.reduce(lambda crc, w: zlib.crc32(w.cpu().numpy(), crc), model.state_dict().values(), 0)
         make_set(args, settings | dict(weights=weights, vae=vae_name, labels=zlib.crc32(bytes(str(labels), "ascii"))),
                  labels, draw)

@@ -9,6 +9,7 @@
     python train.py --resume runs/shapes                        # go on where a run stopped
     torchrun --nproc_per_node=8 train.py --preset cifar10       # one process on each of 8 GPUs
     python train.py --preset cifar10 --device xla               # all chips of a TPU machine, or of a pod
+    python train.py --preset imagenet256 --bench                # images/s, and what share of the device that is
 
 A run's folder, runs/PRESET or --out, receives ckpt.pt, log.csv (step, loss, mse, vb, grad_norm, images_per_sec),
 config.json and samples/*.png. Look at the pictures with sample.py.
@@ -48,7 +49,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from dit import DESIGNS, DiT, DiT_models, GaussianDiffusion
+from dit import DESIGNS, Attention, DiT, DiT_models, GaussianDiffusion
 from sample import (
     SCALE,
     VAE,
@@ -58,15 +59,21 @@ from sample import (
     default_guidance,
     exit_on_sigterm,
     fit,
+    forward_flops,
     grid_image,
+    limits_told,
     load_checkpoint,
     load_vae,
+    matrix_rate,
     parse_classes,
+    peak_memory,
     pick_device,
     replacing,
     run,
     sample_images,
+    speed,
     to_uint8,
+    wait_for,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,12 +123,13 @@ class Config:
     sample_every: int = flag(5000, "steps between sample grids; 0 = none")
     cfg_scale: float = flag(4.0, "guidance of the sample grids")
     resume: str = flag("", "folder of a run to go on with")
+    bench: bool = flag(False, "time the steps (50) instead of training; with --data '' on made-up images")
 
 
 PRESETS = {
     # 10 classes of 16x16 colour images, drawn by this file. fp32: its matrices are too small for bf16 to pay on a CPU.
     "shapes": dict(data="shapes", image_size=16, patch_size=4, hidden_size=128, depth=4, num_heads=4, flip=False,
-                   steps=7000, batch_size=32, lr=4e-3, lr_decay_steps=7000, beta2=0.99, ema_decay=0.999, dtype="fp32",
+                   steps=6000, batch_size=32, lr=4e-3, lr_decay_steps=6000, beta2=0.99, ema_decay=0.999, dtype="fp32",
                    log_every=100, ckpt_every=1000, sample_every=500, cfg_scale=2.0),
     # CIFAR-10 in pixel space with the paper's recipe; DiT-S/4 has the paper's 64 tokens of DiT-S/4 on latents.
     "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
@@ -159,7 +167,7 @@ def check(cfg):
         raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
     if cfg.vae and cfg.image_size % 8:
         raise UserError(f"--image-size {cfg.image_size} is not divisible by 8, by which the VAE makes images smaller")
-    if not cfg.data:
+    if not cfg.data and not cfg.bench:
         raise UserError("name your images: --data FOLDER, with one folder of them a class")
     try:
         with torch.device("meta"):
@@ -190,7 +198,7 @@ def parse_args(argv):
     preset = flags.get("preset", "shapes")
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
-    chosen = dict(PRESETS[preset])
+    chosen = PRESETS[preset] | (dict(steps=50) if flags.get("bench") else {})
     model = flags.get("model", chosen.get("model", ""))
     if model:
         if model not in DiT_models:
@@ -201,7 +209,7 @@ def parse_args(argv):
         cfg.model = ""                                              # an explicit size makes it another model
     cfg.out = cfg.out or f"runs/{preset if cfg.data == PRESETS[preset]['data'] else Path(cfg.data).name}"
     check(cfg)
-    if (Path(cfg.out) / "ckpt.pt").exists():
+    if (Path(cfg.out) / "ckpt.pt").exists() and not cfg.bench:
         raise UserError(f"{cfg.out} holds a run already: go on by --resume {cfg.out}, or name another folder by --out")
     return cfg
 
@@ -521,6 +529,10 @@ class Runtime:
 
     def prepare(self, model):
         """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.forward = functools.partial(attention, module)
         if self.grad_checkpoint:
             for block in model.blocks:
                 block.forward = functools.partial(self.checkpoint, block.forward)
@@ -544,8 +556,12 @@ class Runtime:
         """The part of a batch of n that this process loads."""
         return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
+    def pin(self, tensors):
+        """CPU tensors from which the device can copy while it computes."""
+        return [tensor.pin_memory() for tensor in tensors] if self.device.type == "cuda" else tensors
+
     def put(self, tensors):
-        return [tensor.to(self.device) for tensor in tensors]
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -556,6 +572,10 @@ class Runtime:
 
     def finish_step(self):
         """The end of what may be computed as one."""
+
+    def wait(self):
+        """Return when the device has nothing left to do."""
+        wait_for(self.device)
 
     # agreement
 
@@ -715,6 +735,19 @@ class XLARuntime(Runtime):
 
     def finish_step(self):
         self.torch_xla.sync()
+
+    def wait(self):
+        self.torch_xla.sync(wait=True)
+
+
+def attention(module, x):                                           # (N, T, D)
+    """dit.Attention by its formula. On CPUs the backward pass of torch's own is several times slower in bfloat16."""
+    N, T, D = x.shape
+    qkv = module.qkv(x).view(N, T, 3, module.num_heads, -1)         # (N, T, 3, h, D/h)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (N, h, T, D/h) each
+    weights = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).softmax(-1)          # (N, h, T, T)
+    x = weights.to(v.dtype) @ v                                     # (N, h, T, D/h)
+    return module.proj(x.transpose(1, 2).reshape(N, T, D))          # (N, T, D)
 
 
 def layer_norm(norm, x):
@@ -939,6 +972,18 @@ def train_step(cfg, rt, training, diffusion, batch, step):
     return torch.cat([totals, grad_norm[None]])
 
 
+def batches(cfg, rt, images, labels, start):
+    """(step, batch) of each step after `start`, drawn by a thread while the device is at the step before."""
+    def draw(step):
+        return rt.pin(draw_batch(cfg, images, labels, step, rt.share(cfg.batch_size)))
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(draw, start + 1)
+        for step in range(start + 1, cfg.steps + 1):
+            batch, ahead = ahead.result(), thread.submit(draw, step + 1)
+            yield step, batch
+
+
 def train(cfg, rt):
     """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
     saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", check=rt.local_rank == 0) if cfg.resume else None
@@ -962,8 +1007,7 @@ def train(cfg, rt):
     finite = torch.ones((), dtype=torch.bool, device=rt.device)
     logged, clock = start, time.perf_counter()
     with rt.catching_signals(), progress_bar(rt, cfg.steps, start) as bar:
-        for step in range(start + 1, cfg.steps + 1):
-            batch = draw_batch(cfg, images, labels, step, rt.share(cfg.batch_size))
+        for step, batch in batches(cfg, rt, images, labels, start):
             numbers = train_step(cfg, rt, training, diffusion, batch, step)
             finite &= numbers.isfinite().all()                      # a gradient may overflow before the loss does
             rt.finish_step()
@@ -997,19 +1041,55 @@ def train(cfg, rt):
     rt.say(farewell(cfg.out))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# --bench
+
+
+def made_up(cfg):
+    """(images, labels) of random latents or pixels, of 1000 classes, in the form that the loop takes them."""
+    rng, side = np.random.default_rng(0), cfg.image_size // 8 if cfg.vae else cfg.image_size
+    labels = rng.integers(1000, size=1024)
+    if cfg.vae:
+        return rng.random((1024, 2, 8, side, side), dtype=np.float32).astype(np.float16), labels
+    return rng.integers(256, size=(1024, 3, side, side), dtype=np.uint8), labels
+
+
+def bench(cfg, rt, warm=3):
+    """Time cfg.steps steps of the loop, after some to get warm, and say what share of the device's matrix rate that is.
+    The flops of a step are those of three forward passes (Sec. 5, Figure 9); what is recomputed does not count."""
+    if cfg.data:
+        source, space = open_data(cfg, rt, None)
+        images, labels = prepare_data(cfg, rt, source, space)
+        classes = len(source.class_names)
+    else:
+        (images, labels), classes = made_up(cfg), 1000
+    training, diffusion = Training(cfg, rt, classes), GaussianDiffusion().to(rt.device)
+    rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {cfg.image_size} pixels{' as latents' * bool(cfg.vae)}; batch "
+           f"{cfg.batch_size}{f' in {cfg.accum} parts' * (cfg.accum > 1)}; {rt.shares} x {rt.kind}, "
+           f"{str(rt.dtype).removeprefix('torch.')}{', compiled' * rt.compile}{', checkpointing' * rt.grad_checkpoint}")
+    times = []
+    longer = dataclasses.replace(cfg, steps=warm + cfg.steps)
+    began = time.perf_counter()
+    for step, batch in batches(longer, rt, images, labels, 0):
+        train_step(cfg, rt, training, diffusion, batch, step)
+        rt.finish_step()
+        rt.wait()
+        now = time.perf_counter()
+        times.append(now - began)
+        began = now
+    peak, flops = peak_memory(rt.device), 3 * cfg.batch_size * forward_flops(model_args(cfg, classes)) / rt.shares
+    rt.say(speed(cfg.batch_size, times[warm:], flops, peak, matrix_rate(rt.device, rt.dtype, rt.wait)))
+
+
+@limits_told("raise --accum, or take --grad-checkpoint or a smaller --batch-size")
 def main(argv):
     cfg = parse_args(argv)
     rt = open_runtime(cfg)
     exit_on_sigterm()                                               # only now: no handler can run while that waits
     try:
-        train(cfg, rt)
+        (bench if cfg.bench else train)(cfg, rt)
         rt.close()
     except RuntimeError as error:
-        if any(words in str(error) for words in ("out of memory", "allocate memory", "RESOURCE_EXHAUSTED")):
-            raise UserError("the device's memory does not hold this: raise --accum, or take --grad-checkpoint or a "
-                            "smaller --batch-size") from None
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise UserError(f"torch.compile does not work here: take --no-compile ({str(error)[:200]})") from None
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise Deserted(f"another process of this run has ended, and its message says why; {what_is_left(cfg.out)}"
                            ) from None
