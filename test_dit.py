@@ -1146,8 +1146,9 @@ it.sample_images = lambda *args, **kwargs: (write(f"a batch of {os.environ['RANK
     sample.main([*flags, "--out", str(tmp_path / "two")])
     assert read_set(tmp_path / "two") == one and not list((tmp_path / "two").glob("*.part"))
     before = (tmp_path / "two" / "settings.json").read_bytes()
-    with pytest.raises(sample.UserError, match="another set, of seed 0"):
-        sample.main([*flags, "--seed", "1", "--out", str(tmp_path / "two")])
+    for other, words in [(["--seed", "1"], "seed 0"), (["--dtype", "bf16"], "dtype fp32"), (["--compile"], "compile F")]:
+        with pytest.raises(sample.UserError, match=f"another set, of {words}"):
+            sample.main([*flags, *other, "--out", str(tmp_path / "two")])
     state = torch.load(tiny_run / "ckpt.pt", weights_only=True)                   # trained anew, under the same name
     state["ema"]["x_embedder.proj.bias"] += 1e-3
     torch.save(state, tmp_path / "other.pt")
@@ -1837,6 +1838,8 @@ def test_train_bench_times_the_real_steps_and_leaves_no_run(folder, tmp_path, mo
     monkeypatch.setattr(train, "matrix_rate", lambda *_: (64, 1e9))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "ckpt.pt").touch()
+    with pytest.raises(train.UserError, match="--resume"):
+        train.main(["--resume", str(tmp_path / "out"), "--bench"])
     train.main(tiny_flags(folder, tmp_path / "out", "--bench", "--accum", "2"))
     speed, ms, low, high, n, _, tflops, share, _ = map(float, BENCH.search(capsys.readouterr().out).groups())
     flops = 3 * sample.forward_flops(dict(

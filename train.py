@@ -194,6 +194,8 @@ def parse_args(argv):
     if os.path.exists(flags.get("vae", "")):
         flags["vae"] = os.path.abspath(flags["vae"])
     if "resume" in flags:
+        if flags.get("bench"):
+            raise UserError("--bench starts anew: give the run's flags in place of --resume")
         return resumed_config(flags)
     preset = flags.get("preset", "shapes")
     if preset not in PRESETS:
@@ -558,7 +560,10 @@ class Runtime:
 
     def pin(self, tensors):
         """CPU tensors from which the device can copy while it computes."""
-        return [tensor.pin_memory() for tensor in tensors] if self.device.type == "cuda" else tensors
+        if self.device.type != "cuda":
+            return tensors
+        with torch.cuda.device(self.device):                        # each thread has its own, at first number 0
+            return [tensor.pin_memory() for tensor in tensors]
 
     def put(self, tensors):
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
@@ -1060,6 +1065,7 @@ def bench(cfg, rt, warm=3):
     if cfg.data:
         source, space = open_data(cfg, rt, None)
         images, labels = prepare_data(cfg, rt, source, space)
+        rt.meet()
         classes = len(source.class_names)
     else:
         (images, labels), classes = made_up(cfg), 1000
