@@ -1146,9 +1146,9 @@ it.sample_images = lambda *args, **kwargs: (write(f"a batch of {os.environ['RANK
     sample.main([*flags, "--out", str(tmp_path / "two")])
     assert read_set(tmp_path / "two") == one and not list((tmp_path / "two").glob("*.part"))
     before = (tmp_path / "two" / "settings.json").read_bytes()
-    for other, words in [(["--seed", "1"], "seed 0"), (["--dtype", "bf16"], "dtype fp32"), (["--compile"], "compile F")]:
+    for other, words in [("--seed 1", "seed 0"), ("--dtype bf16", "dtype fp32"), ("--compile", "compile False")]:
         with pytest.raises(sample.UserError, match=f"another set, of {words}"):
-            sample.main([*flags, *other, "--out", str(tmp_path / "two")])
+            sample.main([*flags, *other.split(), "--out", str(tmp_path / "two")])
     state = torch.load(tiny_run / "ckpt.pt", weights_only=True)                   # trained anew, under the same name
     state["ema"]["x_embedder.proj.bias"] += 1e-3
     torch.save(state, tmp_path / "other.pt")
