@@ -80,7 +80,7 @@ def keep_freed_memory():
 
 
 def out_of_memory(error):
-    return any(words in str(error) for words in ("out of memory", "allocate memory", "RESOURCE_EXHAUSTED"))
+    return any(words in str(error).lower() for words in ("out of memory", "allocate", "resource_exhausted"))
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def limits_told(smaller):
     """Inside, what this machine cannot do is a UserError; `smaller` says how to need less memory."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise UserError(f"the device's memory does not hold this: {smaller}") from None
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
@@ -137,7 +137,10 @@ def pick_device(name):
 
 def wait_for(device):
     """Return when the device has nothing left to do."""
-    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def matrix_rate(device, dtype, wait):
@@ -167,7 +170,7 @@ def forward_flops(model_args):
 def peak_memory(device):
     """The most bytes that there have been on a CUDA device, elsewhere in the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource  # which Windows has not
     except ImportError:
@@ -457,6 +460,7 @@ def make_set(args, settings, labels, draw):
             known = json.loads((out / "settings.json").read_text()) if (out / "settings.json").exists() else {}
             if not known and any(out.glob("*.png")):
                 raise UserError(f"{out} holds pictures of another origin: name another folder by --out")
+            known = dict(dtype="fp32", compile=False) | known if known else {}              # before there were these
             if known not in ({}, settings):
                 different = [f"{name} {known.get(name)}" for name in settings if known.get(name) != settings[name]]
                 raise UserError(f"{out} holds another set, of {', '.join(different)}: name another folder by --out")
@@ -542,7 +546,7 @@ def parse_args(argv):
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
                         help="bf16: faster where the hardware has it; images differ a little, with the batch size too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="torch.compile the model: pays in large sets")
+                        help="torch.compile the model: pays in large sets; images differ as by another batch size")
     parser.add_argument("--bench", action="store_true", help="time batches of 1, 8 and --batch-size, or what of it "
                         "fits, instead; the checkpoint may be a size of Table 1, DiT-S/2 say, with random weights")
     args = parser.parse_args(argv)
@@ -552,6 +556,8 @@ def parse_args(argv):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: {low} to {high}")
     if args.cfg_scale is not None and not np.isfinite(args.cfg_scale):
         raise UserError(f"--cfg-scale {args.cfg_scale} is no number to guide with: 1.0 is no guidance, 4.0 is strong")
+    if args.bench and args.steps < 3:
+        raise UserError(f"--bench times steps from the second on: take more --steps than {args.steps}")
     if args.bench and (args.gif or args.out or args.num_samples is not None):
         raise UserError("--bench leaves nothing: leave --out, --gif and --num-samples out")
     if args.num_samples is not None:
@@ -591,6 +597,10 @@ def random_model(name, device):
 def step_times(args, model, n, clip_denoised, timed=10):
     """The seconds of each of some steps of a batch of n, after one to get warm."""
     device, stamps = next(model.parameters()).device, []
+    if args.compile:
+        torch.compiler.reset()                                      # it compiles for eight sizes, then no more
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     def on_step(*_):
         wait_for(device)
@@ -604,22 +614,22 @@ def step_times(args, model, n, clip_denoised, timed=10):
 def bench(args, model, info):
     """Time the sampler at batch 1, 8 and --batch-size, which is halved until it fits, without decoding."""
     device = next(model.parameters()).device
-    best = matrix_rate(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32, lambda: wait_for(device))
-    flops = (1 if args.cfg_scale == 1 else 2) * forward_flops(info["model_args"])
     print(f"{args.checkpoint}: {args.sampler}, {args.steps} steps, guidance {args.cfg_scale:g}; {device.type}, "
           f"{args.dtype}{', compiled' if args.compile else ''}", flush=True)
-    sizes = {1, min(8, args.batch_size), args.batch_size}
+    best = matrix_rate(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32, lambda: wait_for(device))
+    flops = (1 if args.cfg_scale == 1 else 2) * forward_flops(info["model_args"])
+    sizes, largest = sorted({1, min(8, args.batch_size), args.batch_size}), 0
     while sizes:
-        n = min(sizes)
-        sizes.remove(n)
+        n = sizes.pop(0)
         try:
             times = step_times(args, model, n, clip_denoised=info["space"] == "pixel")
         except RuntimeError as error:
             if n == 1 or not out_of_memory(error):
                 raise
-            sizes.add(n // 2)
+            sizes = [n // 2] if n // 2 > largest else []
         else:
             print(f"batch {n}:", speed(n / args.steps, times, n * flops, peak_memory(device), best), flush=True)
+            largest = n
 
 
 @limits_told("take a smaller --batch-size")

@@ -1845,7 +1845,8 @@ def test_train_bench_times_the_real_steps_and_leaves_no_run(folder, tmp_path, mo
     flops = 3 * sample.forward_flops(dict(
         input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=4))
     assert low <= ms <= high and speed == pytest.approx(8 / ms * 1000, rel=2e-3) and n == 6
-    assert tflops == pytest.approx(speed * flops / 1e12, rel=0.01) and share == pytest.approx(tflops * 1e5, abs=0.6)
+    assert tflops == pytest.approx(speed * flops / 1e12, rel=0.01)
+    assert share == pytest.approx(tflops * 1e5, rel=0.01, abs=0.6)
     assert steps == list(range(1, 10)) and [path.name for path in (tmp_path / "out").iterdir()] == ["ckpt.pt"]
     new = tmp_path / "new"
     train.main([*TINY, "--bench", "--data", "", "--vae", "nowhere", "--image-size", "64", "--out", str(new)])
@@ -1854,7 +1855,7 @@ def test_train_bench_times_the_real_steps_and_leaves_no_run(folder, tmp_path, mo
 
 
 def test_sample_bench_takes_the_largest_batch_that_fits(tmp_path, monkeypatch, capsys):
-    """Sizes of Table 1 need no checkpoint. More than 5 images do not fit here: 8 and 100 become 4, 3."""
+    """Sizes of Table 1 need no checkpoint. More than 5 images do not fit here: 8 becomes 4, and that is it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "matrix_rate", lambda *_: (64, 1e12))
     monkeypatch.setitem(sample.DiT_models, "DiT-S/2", functools.partial(DiT, hidden_size=32, depth=1, num_heads=2))
@@ -1870,10 +1871,10 @@ def test_sample_bench_takes_the_largest_batch_that_fits(tmp_path, monkeypatch, c
     sample.main("DiT-S/2 --bench --steps 50 --batch-size 100 --device cpu".split())
     out = capsys.readouterr().out
     lines = [tuple(map(float, found)) for found in BENCH.findall(out)]
-    assert sizes == [1, 8, 4, 100, 50, 25, 12, 6, 3] and "guidance 4; cpu, fp32" in out and not list(tmp_path.iterdir())
+    assert sizes == [1, 8, 4] and "guidance 4; cpu, fp32" in out and not list(tmp_path.iterdir())
     flops = 2 * sample.forward_flops(dict(hidden_size=32, depth=1, num_heads=2))  # two passes, by guidance
-    assert [lines[k][0] for k in range(3)] == pytest.approx([n / line[1] * 1000 / 50 for n, line in zip(
-        (1, 4, 3), lines, strict=True)], rel=1e-2)
+    assert [line[0] for line in lines] == pytest.approx([n / line[1] * 1000 / 50 for n, line in zip(
+        (1, 4), lines, strict=True)], rel=1e-2)
     assert [line[6] for line in lines] == pytest.approx([line[0] * 50 * flops / 1e12 for line in lines], rel=1e-2)
     monkeypatch.setattr(sample, "step_times", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(sample.UserError, match="--batch-size"):
@@ -1904,21 +1905,21 @@ def test_compiled_pictures_are_eager_ones_and_a_set_compiles_two_programs(tiny_r
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the kernel's page faults")
 def test_freed_memory_is_used_again():
-    """A step's tensors come from what the step before gave back: 10 of 3 MB, 50 times, are 7,700 pages, not 384,000."""
+    """A step's tensors come from what the step before gave back: 120 MB, 20 times, are not 20 times 30,000 pages."""
     import resource
 
     sample.keep_freed_memory()
     faults = []
-    for _ in range(50):
+    for _ in range(20):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        tensors = [torch.ones(768, 1024) for _ in range(10)]
+        tensors = [torch.ones(768, 1024) for _ in range(40)]
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         del tensors
-    assert sum(faults[1:]) < 1000
+    assert sum(faults[1:]) < 10_000
 
 
 def test_nothing_is_imported_that_can_wait():
-    """dit.py needs what torch itself needs; no command's --help, and no run on shapes, waits for these libraries."""
+    """dit.py needs what torch itself needs; --help and a run's first step on shapes do not wait for these libraries."""
     code = """import sys, torch, numpy
 before = set(sys.modules)
 import dit
@@ -1982,7 +1983,8 @@ class Malicious:
     ("--cfg-scale nan", "--cfg-scale"), ("--out x.txt", ".png"), ("--out no/x.png", "no folder no"),
     ("--gif x.mp4", ".gif"), ("--device tpu", "--device auto"), ("--frames 2", "--frames"),
     ("--vae x", "makes pixels"), ("--num-samples 0", "--num-samples"), ("--num-samples 2 --gif x.gif", "--gif"),
-    ("--num-samples 2 --labels no.txt", "no.txt"), ("--bench --out x.png", "--bench"), ("--dtype fp16", "bf16")])
+    ("--num-samples 2 --labels no.txt", "no.txt"), ("--bench --out x.png", "--bench"),
+    ("--bench --steps 2", "--steps"), ("--dtype fp16", "bf16")])
 def test_sample_refuses(flags, words, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(sample.UserError) as error:

@@ -559,14 +559,15 @@ class Runtime:
         return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
     def pin(self, tensors):
-        """CPU tensors from which the device can copy while it computes."""
+        """CPU tensors that the device fetches while the program goes on."""
         if self.device.type != "cuda":
             return tensors
         with torch.cuda.device(self.device):                        # each thread has its own, at first number 0
             return [tensor.pin_memory() for tensor in tensors]
 
     def put(self, tensors):
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        pinned = self.device.type == "cuda"                         # from others, copies may come after the data
+        return [tensor.to(self.device, non_blocking=pinned) for tensor in tensors]
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -687,7 +688,7 @@ class XLARuntime(Runtime):
             import torch_xla.distributed.spmd as spmd
             import torch_xla.runtime as xr
             import torch_xla.utils.checkpoint
-            from torch_xla.core.xla_model import send_cpu_data_to_device
+            from torch_xla.core.xla_model import send_cpu_data_to_device, wait_device_ops
         except ImportError as error:
             raise UserError(f"--device xla needs torch_xla ({error}): pip install -e '.[tpu]', or take --device auto"
                             ) from None
@@ -698,6 +699,7 @@ class XLARuntime(Runtime):
             raise UserError(f"torch_xla finds no device ({str(error)[:200]}): see to PJRT_DEVICE") from None
         self.rank, self.world, self.on_tpu = xr.process_index(), xr.process_count(), xr.device_type() == "TPU"
         self.torch_xla, self.spmd, self.send = torch_xla, spmd, send_cpu_data_to_device
+        self.wait_device_ops = wait_device_ops
         self.checkpoint = torch_xla.utils.checkpoint.checkpoint     # torch's own cannot run there
         super().__init__(cfg)
         self.kind = f"xla ({xr.device_type()})"
@@ -742,7 +744,8 @@ class XLARuntime(Runtime):
         self.torch_xla.sync()
 
     def wait(self):
-        self.torch_xla.sync(wait=True)
+        self.torch_xla.sync()
+        self.wait_device_ops()
 
 
 def attention(module, x):                                           # (N, T, D)
@@ -751,7 +754,7 @@ def attention(module, x):                                           # (N, T, D)
     qkv = module.qkv(x).view(N, T, 3, module.num_heads, -1)         # (N, T, 3, h, D/h)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (N, h, T, D/h) each
     weights = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).softmax(-1)          # (N, h, T, T)
-    x = weights.to(v.dtype) @ v                                     # (N, h, T, D/h)
+    x = weights @ v                                                 # (N, h, T, D/h)
     return module.proj(x.transpose(1, 2).reshape(N, T, D))          # (N, T, D)
 
 
@@ -985,7 +988,9 @@ def batches(cfg, rt, images, labels, start):
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(draw, start + 1)
         for step in range(start + 1, cfg.steps + 1):
-            batch, ahead = ahead.result(), thread.submit(draw, step + 1)
+            batch = ahead.result()
+            if step < cfg.steps:
+                ahead = thread.submit(draw, step + 1)
             yield step, batch
 
 
@@ -1027,9 +1032,9 @@ def train(cfg, rt):
                                f" since. Start anew with a lower --lr than {cfg.lr}, or with --dtype fp32")
             now = time.perf_counter()
             if log_due:
-                numbers, speed = rt.mean(numbers), (step - logged) * cfg.batch_size / (now - clock)
-                folder.row(step, *numbers, speed)
-                bar.set_postfix_str(f"loss {numbers[0]:.4f}, {speed:.0f} images/s", refresh=False)
+                numbers, rate = rt.mean(numbers), (step - logged) * cfg.batch_size / (now - clock)
+                folder.row(step, *numbers, rate)
+                bar.set_postfix_str(f"loss {numbers[0]:.4f}, {rate:.0f} images/s", refresh=False)
                 logged, clock = step, now
             if sample_due and (last or not stop):                   # before the save: after a crash both are made again
                 folder.picture(step, sample_grid(cfg, rt, training.ema, space, source.class_names))
@@ -1053,10 +1058,10 @@ def train(cfg, rt):
 def made_up(cfg):
     """(images, labels) of random latents or pixels, of 1000 classes, in the form that the loop takes them."""
     rng, side = np.random.default_rng(0), cfg.image_size // 8 if cfg.vae else cfg.image_size
-    labels = rng.integers(1000, size=1024)
+    labels = rng.integers(1000, size=64)
     if cfg.vae:
-        return rng.random((1024, 2, 8, side, side), dtype=np.float32).astype(np.float16), labels
-    return rng.integers(256, size=(1024, 3, side, side), dtype=np.uint8), labels
+        return rng.random((64, 2, 8, side, side), dtype=np.float32).astype(np.float16), labels
+    return rng.integers(256, size=(64, 3, side, side), dtype=np.uint8), labels
 
 
 def bench(cfg, rt, warm=3):
@@ -1079,7 +1084,8 @@ def bench(cfg, rt, warm=3):
     for step, batch in batches(longer, rt, images, labels, 0):
         train_step(cfg, rt, training, diffusion, batch, step)
         rt.finish_step()
-        rt.wait()
+        rt.any(rt.stop)
+        rt.wait()                                                   # the loop itself waits when it logs only
         now = time.perf_counter()
         times.append(now - began)
         began = now
@@ -1087,14 +1093,14 @@ def bench(cfg, rt, warm=3):
     rt.say(speed(cfg.batch_size, times[warm:], flops, peak, matrix_rate(rt.device, rt.dtype, rt.wait)))
 
 
-@limits_told("raise --accum, or take --grad-checkpoint or a smaller --batch-size")
 def main(argv):
     cfg = parse_args(argv)
     rt = open_runtime(cfg)
     exit_on_sigterm()                                               # only now: no handler can run while that waits
     try:
-        (bench if cfg.bench else train)(cfg, rt)
-        rt.close()
+        with limits_told("raise --accum, or take --grad-checkpoint or a smaller --batch-size"):
+            (bench if cfg.bench else train)(cfg, rt)
+            rt.close()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise Deserted(f"another process of this run has ended, and its message says why; {what_is_left(cfg.out)}"

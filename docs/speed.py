@@ -103,15 +103,17 @@ def in_turns(argv):
         kinds, rounds = (argv[1].split(","), rounds) if argv[0] == "--kinds" else (kinds, int(argv[1]))
         argv = argv[2:]
     only_cuda = () if torch.cuda.is_available() else ("official tf32", "bf16 + compile + cudagraphs")
-    kinds = kinds or [kind for kind in KINDS if kind not in only_cuda]
+    only_training = ("official", "official tf32") if argv[:1] == ["sample"] else ()          # there it is fp32
+    kinds = kinds or [kind for kind in KINDS if kind not in (*only_cuda, *only_training)]
     rates = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind in kinds:
             done = subprocess.run([sys.executable, __file__, *argv], env=os.environ | {"KIND": kind}, text=True,
                                   capture_output=True)
-            print(f"{kind}: {done.stdout.strip() or done.stderr[-500:]}", flush=True)
+            print(f"{kind}: {done.stdout.strip()}{done.stderr[-500:] if done.returncode else ''}", flush=True)
             rates[kind].append([float(rate) for rate in re.findall(r"(\S+) images/s", done.stdout)])
-    print("\n| | images/s | times the first |\n|---|--:|--:|")
+    print("\nmedians over the rounds; for sample a row for each batch size, in their order"
+          "\n| | images/s | times the first |\n|---|--:|--:|")
     for kind in kinds:
         both = [[(ours, ours / first) for ours, first in zip(*pair, strict=False)]
                 for pair in zip(rates[kind], rates[kinds[0]], strict=True)]
