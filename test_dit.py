@@ -1158,6 +1158,9 @@ it.sample_images = lambda *args, **kwargs: (write(f"a batch of {os.environ['RANK
     with pytest.raises(sample.UserError, match="another set, of labels"):
         sample.main([*flags, "--labels", str(tmp_path / "labels.txt"), "--out", str(tmp_path / "two")])
     assert (tmp_path / "two" / "settings.json").read_bytes() == before
+    older = {name: value for name, value in json.loads(before).items() if name not in ("dtype", "compile")}
+    (tmp_path / "two" / "settings.json").write_text(json.dumps(older))            # begun before there were these
+    sample.main([*flags, "--out", str(tmp_path / "two")])
     (tmp_path / "two" / "settings.json").unlink()
     with pytest.raises(sample.UserError, match="another origin"):
         sample.main([*flags, "--out", str(tmp_path / "two")])
