@@ -1879,9 +1879,15 @@ def test_sample_bench_takes_the_largest_batch_that_fits(tmp_path, monkeypatch, c
     assert [line[0] for line in lines] == pytest.approx([n / line[1] * 1000 / 50 for n, line in zip(
         (1, 4), lines, strict=True)], rel=1e-2)
     assert [line[6] for line in lines] == pytest.approx([line[0] * 50 * flops / 1e12 for line in lines], rel=1e-2)
-    monkeypatch.setattr(sample, "step_times", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
-    with pytest.raises(sample.UserError, match="--batch-size"):
-        sample.main("DiT-S/2 --bench --device cpu".split())
+    for words, error in [("out of memory", sample.UserError), ("a bug", RuntimeError)]:
+        def fails(args, model, n, words=words, **kwargs):
+            if n > 1 or words == "out of memory":
+                raise RuntimeError(words)
+            return np.ones(3)
+
+        monkeypatch.setattr(sample, "step_times", fails)
+        with pytest.raises(error, match="--batch-size|a bug"):
+            sample.main("DiT-S/2 --bench --device cpu".split())
 
 
 def test_bf16_pictures_are_float32s_but_for_a_few_grey_levels(tiny_run, tmp_path, capsys):
