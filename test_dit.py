@@ -1166,6 +1166,23 @@ it.sample_images = lambda *args, **kwargs: (write(f"a batch of {os.environ['RANK
         sample.main([*flags, "--out", str(tmp_path / "two")])
 
 
+@pytest.mark.parametrize("broken", [0, 8])
+def test_a_picture_that_cannot_be_written_ends_the_set(broken, tiny_run, tmp_path, threads, monkeypatch):
+    """The first or the last batch fails in the thread that writes: it is told, and no set looks whole."""
+    whole = sample.write_pngs
+
+    def write_pngs(paths, images):
+        if any(path.name == f"{broken:06d}.png" for path in paths):
+            raise OSError("no space left on device")
+        whole(paths, images)
+
+    monkeypatch.setattr(sample, "write_pngs", write_pngs)
+    flags = "--num-samples 9 --batch-size 3 --steps 2 --device cpu".split()
+    with pytest.raises(sample.UserError, match="no space left"):
+        sample.main([str(tiny_run), *flags, "--out", str(tmp_path)])
+    assert not (tmp_path / "samples.npz").exists()
+
+
 def test_labels_of_a_set_are_uniform_or_of_a_file(tmp_path):
     names = ["ant", "bee", "cat"]
     args = argparse.Namespace(labels=None, seed=0, num_samples=3000)
