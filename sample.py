@@ -80,7 +80,8 @@ def keep_freed_memory():
 
 
 def out_of_memory(error):
-    return any(words in str(error).lower() for words in ("out of memory", "allocate", "resource_exhausted"))
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "allocate memory", "RESOURCE_EXHAUSTED"))
 
 
 @contextlib.contextmanager

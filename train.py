@@ -566,7 +566,7 @@ class Runtime:
             return [tensor.pin_memory() for tensor in tensors]
 
     def put(self, tensors):
-        pinned = self.device.type == "cuda"                         # from others, copies may come after the data
+        pinned = self.device.type == "cuda"                         # other memory may be gone before it is copied
         return [tensor.to(self.device, non_blocking=pinned) for tensor in tensors]
 
     def autocast(self):
@@ -1057,7 +1057,7 @@ def train(cfg, rt):
 
 def made_up(cfg):
     """(images, labels) of random latents or pixels, of 1000 classes, in the form that the loop takes them."""
-    rng, side = np.random.default_rng(0), cfg.image_size // 8 if cfg.vae else cfg.image_size
+    rng, side = np.random.default_rng(0), model_args(cfg, 1000)["input_size"]
     labels = rng.integers(1000, size=64)
     if cfg.vae:
         return rng.random((64, 2, 8, side, side), dtype=np.float32).astype(np.float16), labels
