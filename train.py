@@ -529,12 +529,16 @@ class Runtime:
 
     # what is trained
 
+    def formulas(self):
+        """What serves the device better than a module's own forward: {its class: function (module, x)}."""
+        return {Attention: attention} if self.device.type == "cpu" and self.dtype == torch.bfloat16 else {}
+
     def prepare(self, model):
         """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    module.forward = functools.partial(attention, module)
+        formulas = self.formulas()
+        for module in model.modules():
+            if type(module) in formulas:
+                module.forward = functools.partial(formulas[type(module)], module)
         if self.grad_checkpoint:
             for block in model.blocks:
                 block.forward = functools.partial(self.checkpoint, block.forward)
@@ -718,11 +722,8 @@ class XLARuntime(Runtime):
     def natural_dtype(self):
         return torch.bfloat16 if self.on_tpu else torch.float32
 
-    def prepare(self, model):
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.forward = functools.partial(layer_norm, module)
-        return super().prepare(model)
+    def formulas(self):
+        return {nn.LayerNorm: layer_norm}
 
     # What changes from step to step is a tensor of one axis there. A plain number that happens to equal another one in
     # the step is merged with it, and that is another program to compile: at step 8, 1 - decay and the loss's 0.5.
