@@ -23,8 +23,8 @@ Sources     DDPM arXiv 2006.11239, iDDPM 2102.09672, ADM 2105.05233, DDIM 2010.0
 Where this differs from the paper (P) or the official code (O), and why. Parameters have O's names: its weights load.
     blocks       O has adaLN-Zero only; P describes four. What P leaves open is decided at the block that it concerns.
     guidance     O guides 3 of 4 latent channels, which its authors call unintended; here all, or cfg_channels=3.
-    null label   O samples with the number 1000; here it is model.num_classes, whatever that is.
-    dropout      O drops labels when model.training; here the caller draws `drop`, so sampling cannot drop any.
+    null label   O samples with label 1000; here the null label is model.num_classes.
+    dropout      O drops labels if model.training; here the caller draws `drop`, so sampling cannot drop any.
     t = 0 NLL    O approximates the normal CDF by a tanh; here it is exact (DDPM Eq. 13).
     pos_embed    O stores a frozen parameter; here it is a buffer of the same name, out of the optimizer's reach.
 """
@@ -60,8 +60,8 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
 def space_timesteps(num_timesteps, num_steps):
     """The timesteps that a sampler of num_steps visits, ascending: 250 of 1000 is 0, 4, 8, ..., 995, 999.
 
-    ADM's even spacing from first to last. The stride is summed up, as there: multiplying it out rounds differently.
-    One step is the last, which starts from pure noise (ADM takes the first). ValueError if there are not so many.
+    ADM's even spacing from first to last, with the stride summed up as there (a product rounds differently). A single
+    step is the last one, pure noise (ADM takes the first). ValueError unless 1 <= num_steps <= num_timesteps.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"cannot take {num_steps} of {num_timesteps} timesteps: choose 1 to {num_timesteps}")
@@ -74,9 +74,9 @@ def space_timesteps(num_timesteps, num_steps):
 class GaussianDiffusion:
     """The diffusion process: noising, its reversal by a network, the loss, and two samplers (Sec. 3.1).
 
-    Images or latents are (N, C, H, W), pixels in [-1, 1]; timesteps t (N,) whole numbers in 0..num_timesteps-1. `model`
+    Images or latents are (N, C, H, W), pixels in [-1, 1]; timesteps t are (N,) integers in 0..num_timesteps-1. `model`
     is any callable model(x_t, t, **model_kwargs) that returns (N, 2C, H, W): eps, then v for the learned variance; or
-    (N, C, H, W): eps alone, and the variance is beta_t.
+    (N, C, H, W): eps alone, and the variance is beta_t (at t = 0 the posterior's of t = 1, as in ADM).
     """
 
     def __init__(self, num_timesteps=1000, beta_start=1e-4, beta_end=2e-2):
@@ -88,10 +88,11 @@ class GaussianDiffusion:
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
         posterior_variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)            # DDPM Eq. 7
         # At t = 0 that is 0 and its logarithm -inf: ADM takes the value at t = 1 (a one-step process has only beta_0).
-        posterior_variance_clipped = np.append(np.append(posterior_variance, betas)[1], posterior_variance[1:])
+        at_0 = np.append(posterior_variance, betas)[1]
         tables = dict(
             betas=betas,
             log_betas=np.log(betas),
+            log_fixed_variance=np.log(np.append(at_0, betas[1:])),                           # ADM's "fixed large"
             alphas_cumprod=alphas_cumprod,
             one_minus_alphas_cumprod_prev=1.0 - alphas_cumprod_prev,
             sqrt_alphas_cumprod=np.sqrt(alphas_cumprod),
@@ -100,7 +101,7 @@ class GaussianDiffusion:
             sqrt_recip_alphas_cumprod=np.sqrt(1.0 / alphas_cumprod),
             sqrt_recipm1_alphas_cumprod=np.sqrt(1.0 / alphas_cumprod - 1.0),
             posterior_variance=posterior_variance,
-            posterior_log_variance_clipped=np.log(posterior_variance_clipped),
+            posterior_log_variance_clipped=np.log(np.append(at_0, posterior_variance[1:])),
             posterior_mean_coef1=betas * np.sqrt(alphas_cumprod_prev) / (1.0 - alphas_cumprod),
             posterior_mean_coef2=(1.0 - alphas_cumprod_prev) * np.sqrt(1.0 - betas) / (1.0 - alphas_cumprod),
         )
@@ -119,9 +120,8 @@ class GaussianDiffusion:
     def respaced(self, num_steps):
         """The process that visits only space_timesteps(num_timesteps, num_steps) (iDDPM Sec. 4, Eq. 19).
 
-        The kept steps keep their alphas_cumprod; the betas follow from it. `timestep_map` holds their original t,
-        which is what the network is given.
-        """
+        The kept steps keep their alphas_cumprod, from which their betas follow. `timestep_map` holds their original t:
+        the network is always given that one."""
         kept = space_timesteps(self.num_timesteps, num_steps)
         alphas_cumprod = self._alphas_cumprod[kept]
         shorter = copy.copy(self)
@@ -130,43 +130,44 @@ class GaussianDiffusion:
         return shorter.to(self.betas.device)
 
     @staticmethod
-    def _at(table, t):
+    def _gather(table, t):
         """table[t], shaped (N, 1, 1, 1) to multiply images."""
         return table[t][:, None, None, None]
 
-    def _predict(self, model, x_t, t, model_kwargs):
-        """The network's output, in x_t's dtype whatever it computes in. The one place where it is told the time."""
+    def _call(self, model, x_t, t, model_kwargs):
+        """Call the network with the original timestep and return its output in x_t's dtype."""
         return model(x_t, self.timestep_map[t], **model_kwargs).to(x_t.dtype)
 
     def q_sample(self, x_start, t, noise):
         """x_t ~ q(x_t | x_0) = N(sqrt(alphas_cumprod) x_0, (1 - alphas_cumprod) I) for a given noise (DDPM Eq. 4)."""
-        return (self._at(self.sqrt_alphas_cumprod, t) * x_start
-                + self._at(self.sqrt_one_minus_alphas_cumprod, t) * noise)
+        return (self._gather(self.sqrt_alphas_cumprod, t) * x_start
+                + self._gather(self.sqrt_one_minus_alphas_cumprod, t) * noise)
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
         """(mean, variance, log_variance_clipped) of q(x_(t-1) | x_t, x_0) (DDPM Eq. 6 and 7), each (N, C, H, W)."""
-        mean = (self._at(self.posterior_mean_coef1, t) * x_start
-                + self._at(self.posterior_mean_coef2, t) * x_t)
-        variance = self._at(self.posterior_variance, t).expand_as(x_t)
-        log_variance_clipped = self._at(self.posterior_log_variance_clipped, t).expand_as(x_t)
+        mean = (self._gather(self.posterior_mean_coef1, t) * x_start
+                + self._gather(self.posterior_mean_coef2, t) * x_t)
+        variance = self._gather(self.posterior_variance, t).expand_as(x_t)
+        log_variance_clipped = self._gather(self.posterior_log_variance_clipped, t).expand_as(x_t)
         return mean, variance, log_variance_clipped
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """p(x_(t-1) | x_t) from the network's output for x_t: dict(mean, variance, log_variance, pred_xstart).
 
-        v in [-1, 1] moves the log-variance from the smallest to the largest that is possible: the posterior's
-        (x_0 known exactly) and beta_t (x_0 pure noise) (iDDPM Eq. 15). clip_denoised holds pred_xstart to [-1, 1]:
-        right for pixels, wrong for latents, which are not bounded.
+        v in [-1, 1] moves the log-variance between its smallest and largest possible values: the posterior's (x_0 known
+        exactly) and beta_t (x_0 pure noise) (iDDPM Eq. 15). clip_denoised clamps pred_xstart to [-1, 1], which is right
+        for pixels and wrong for latents, which are not bounded.
         """
         C = x_t.shape[1]
         eps, v = model_output[:, :C], model_output[:, C:]
-        log_variance = self._at(self.log_betas, t).expand_as(x_t)
-        if v.shape[1] > 0:
+        if v.shape[1] == 0:
+            log_variance = self._gather(self.log_fixed_variance, t).expand_as(x_t)
+        else:
             frac = (v + 1) / 2
-            log_variance = (frac * log_variance
-                            + (1 - frac) * self._at(self.posterior_log_variance_clipped, t))
-        pred_xstart = (self._at(self.sqrt_recip_alphas_cumprod, t) * x_t
-                       - self._at(self.sqrt_recipm1_alphas_cumprod, t) * eps)                        # DDPM Eq. 15
+            log_variance = (frac * self._gather(self.log_betas, t)
+                            + (1 - frac) * self._gather(self.posterior_log_variance_clipped, t))
+        pred_xstart = (self._gather(self.sqrt_recip_alphas_cumprod, t) * x_t
+                       - self._gather(self.sqrt_recipm1_alphas_cumprod, t) * eps)                        # DDPM Eq. 15
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x_t, t)
@@ -181,33 +182,32 @@ class GaussianDiffusion:
         return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2.0)
 
     def training_losses(self, model, x_start, t, noise=None, **model_kwargs):
-        """dict(loss, mse, vb), each (N,). eps learns by L_simple = mse (DDPM Eq. 14), the variance by the full bound.
+        """dict(loss, mse, vb), each (N,). L_simple = mse trains eps (DDPM Eq. 14), the full bound trains the variance.
 
-        loss = mse + vb, vb in bits/dim of the drawn t alone: with 1000 timesteps that is iDDPM's L_hybrid (Eq. 16),
+        loss = mse + vb, with vb in bits/dim of the drawn t alone. With 1000 timesteps it is iDDPM's L_hybrid (Eq. 16),
         whose 0.001 multiplies the sum over all t. Without learned variance vb is 0.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        model_output = self._predict(model, x_t, t, model_kwargs)
+        model_output = self._call(model, x_t, t, model_kwargs)
         C = x_start.shape[1]
         eps, v = model_output[:, :C], model_output[:, C:]
-        mse = ((noise - eps) ** 2).flatten(1).mean(1)                             # (N,), as all the losses
+        mse = ((noise - eps) ** 2).flatten(1).mean(1)                             # (N,), like vb and loss
         frozen_eps = torch.cat([eps.detach(), v], dim=1)                          # the bound trains the variance only
         vb = self._vb_terms_bpd(frozen_eps, x_start, x_t, t) if v.shape[1] > 0 else torch.zeros_like(mse)
         return dict(loss=mse + vb, mse=mse, vb=vb)
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_start, randn=torch.randn_like, clip_denoised=True, **model_kwargs):
-        """The whole bound on -log2 p(x_0) per dimension: dict(total (N,), prior (N,), vb, mse (N, num_timesteps)).
+        """The whole bound on -log2 p(x_0) in bits/dim: dict(total (N,), prior (N,), vb, mse (N, num_timesteps)).
 
-        Column t belongs to timestep t; total = prior + sum of vb. `randn(x)` is called once a step, last t first.
-        """
+        Column t belongs to timestep t; total = prior + sum of vb. `randn(x)` is called once a step, last t first."""
         vb, mse = [], []
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((len(x_start),), i, device=x_start.device)
             noise = randn(x_start)
             x_t = self.q_sample(x_start, t, noise)
-            model_output = self._predict(model, x_t, t, model_kwargs)
+            model_output = self._call(model, x_t, t, model_kwargs)
             vb.append(self._vb_terms_bpd(model_output, x_start, x_t, t, clip_denoised))
             mse.append(((noise - model_output[:, :x_start.shape[1]]) ** 2).flatten(1).mean(1))
         vb, mse = torch.stack(vb[::-1], dim=1), torch.stack(mse[::-1], dim=1)
@@ -216,47 +216,44 @@ class GaussianDiffusion:
         prior = normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / math.log(2.0)          # L_T, DDPM Eq. 5
         return dict(total=prior + vb.sum(dim=1), prior=prior, vb=vb, mse=mse)
 
-    def _loop(self, step, model, x_t, clip_denoised, randn, progress, on_step, model_kwargs):
-        """x_0 from x_t = pure noise, by x_(t-1) = step(x_t, t, p_mean_variance, fresh noise) for t = last..0."""
-        indices = list(reversed(range(self.num_timesteps)))
-        for i in indices if progress is None else progress(indices):
-            t = torch.full((len(x_t),), i, device=x_t.device)
-            out = self.p_mean_variance(self._predict(model, x_t, t, model_kwargs), x_t, t, clip_denoised)
-            if on_step is not None:
-                on_step(i, x_t, out["pred_xstart"])
-            x_t = step(x_t, t, out, randn(x_t))
-        return x_t
-
     @torch.no_grad()
     def p_sample_loop(self, model, noise, clip_denoised=False, randn=torch.randn_like, progress=None, on_step=None,
                       **model_kwargs):
-        """Ancestral sampling (DDPM Algorithm 2), the paper's sampler: images (N, C, H, W) from pure noise like them.
+        """Ancestral sampling (DDPM Algorithm 2), the paper's sampler: images (N, C, H, W) from noise of that shape.
 
-        `randn(x)` gives noise shaped like x, once a step; `progress` wraps the list of steps (tqdm, say);
-        `on_step(i, x_t, pred_xstart)` sees the state before step i = num_timesteps-1 .. 0 and the x_0 guessed from it.
-        """
-        def step(x_t, t, out, z):
-            not_last = (t > 0).to(x_t.dtype)[:, None, None, None]                 # x_0 gets no noise
-            return out["mean"] + not_last * torch.exp(0.5 * out["log_variance"]) * z
-
-        return self._loop(step, model, noise, clip_denoised, randn, progress, on_step, model_kwargs)
+        `randn(x)` returns noise shaped like x, once a step. `progress` wraps the list of steps (tqdm, say).
+        `on_step(i, x_t, pred_xstart)` is called at step i = num_timesteps-1 .. 0 with its x_t and the predicted x_0."""
+        x_t, steps = noise, range(self.num_timesteps)[::-1]
+        for i in steps if progress is None else progress(steps):
+            t = torch.full((len(x_t),), i, device=x_t.device)                     # (N,)
+            out = self.p_mean_variance(self._call(model, x_t, t, model_kwargs), x_t, t, clip_denoised)
+            if on_step is not None:
+                on_step(i, x_t, out["pred_xstart"])
+            z = randn(x_t) * (t > 0)[:, None, None, None]                         # no noise in the last step
+            x_t = out["mean"] + torch.exp(0.5 * out["log_variance"]) * z
+        return x_t
 
     @torch.no_grad()
     def ddim_sample_loop(self, model, noise, eta=0.0, clip_denoised=False, randn=torch.randn_like, progress=None,
                          on_step=None, **model_kwargs):
         """DDIM sampling (DDIM Eq. 12), not in the paper but good in fewer steps; arguments as for p_sample_loop.
 
-        eta = 0 is deterministic; eta = 1 adds noise of the posterior's variance (Eq. 16). eps is recomputed from x_0,
-        which may have been clipped.
-        """
-        def step(x_t, t, out, z):
-            x_0, sigma2 = out["pred_xstart"], eta ** 2 * self._at(self.posterior_variance, t)
-            eps = (x_t - self._at(self.sqrt_alphas_cumprod, t) * x_0) / self._at(self.sqrt_one_minus_alphas_cumprod, t)
-            return (self._at(self.sqrt_alphas_cumprod_prev, t) * x_0
-                    + (self._at(self.one_minus_alphas_cumprod_prev, t) - sigma2).clamp(min=0).sqrt() * eps
-                    + sigma2.sqrt() * z)
-
-        return self._loop(step, model, noise, clip_denoised, randn, progress, on_step, model_kwargs)
+        eta = 0 is deterministic; eta = 1 adds noise of the posterior's variance (Eq. 16). eps is recomputed from the
+        predicted x_0, which may have been clipped."""
+        x_t, steps = noise, range(self.num_timesteps)[::-1]
+        for i in steps if progress is None else progress(steps):
+            t = torch.full((len(x_t),), i, device=x_t.device)                     # (N,)
+            out = self.p_mean_variance(self._call(model, x_t, t, model_kwargs), x_t, t, clip_denoised)
+            if on_step is not None:
+                on_step(i, x_t, out["pred_xstart"])
+            x_0 = out["pred_xstart"]
+            eps = ((x_t - self._gather(self.sqrt_alphas_cumprod, t) * x_0)
+                   / self._gather(self.sqrt_one_minus_alphas_cumprod, t))
+            sigma2 = eta ** 2 * self._gather(self.posterior_variance, t)          # 0 at t = 0
+            x_t = (self._gather(self.sqrt_alphas_cumprod_prev, t) * x_0
+                   + (self._gather(self.one_minus_alphas_cumprod_prev, t) - sigma2).clamp(min=0).sqrt() * eps
+                   + sigma2.sqrt() * randn(x_t))
+        return x_t
 
 
 # Sec. 3.2  Patchify (Figure 4) and positions --------------------------------------------------------------------------
@@ -274,10 +271,8 @@ class PatchEmbed(nn.Module):
 
 
 def get_2d_sincos_pos_embed(dim, grid_size):
-    """(grid_size^2, dim) float32: the ViT's fixed frequency-based positions, in the tokens' row-by-row order.
-
-    The first half of the channels encodes the column, the second the row; each half is sines, then cosines: 4 | dim.
-    """
+    """(grid_size^2, dim) float32: the ViT's fixed frequency-based positions, in the tokens' row-by-row order. The first
+    half of the channels encodes the column, the second the row. Each half is sines, then cosines, so 4 divides dim."""
     omega = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))                        # (D/4,)
     row, column = np.divmod(np.arange(grid_size ** 2), grid_size)                 # (T,) each
     angles = [np.outer(position, omega) for position in (column, row)]            # (T, D/4) each
@@ -289,9 +284,7 @@ def get_2d_sincos_pos_embed(dim, grid_size):
 
 def timestep_embedding(t, dim, max_period=10000):
     """(N,) timesteps, whole or fractional, -> (N, dim) float32: cosines, then sines, of t at dim/2 frequencies.
-
-    Always in float32: bfloat16 cannot tell 936 from 937.
-    """
+    Always in float32: bfloat16 cannot tell 936 from 937."""
     half = dim // 2
     freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     args = t[:, None].float() * freqs                 # (N, dim/2)
@@ -381,10 +374,10 @@ def modulate(x, shift, scale):
 
 # Sec. 3.2  DiT block design (Figure 3): the paper's four, in its order ------------------------------------------------
 #
-# A block's condition(x, t, y) says once, before the first block, how t and y, (N, D) each, enter; then each block maps
-# (x, c) to x. Left open by the paper and decided here: the appended or attended tokens are t, then y, without position
-# or type embedding (they come from embedders of their own); cross-attention has a layer norm before it, as the other
-# two branches have; layer norms are affine where nothing else scales and shifts.
+# Each design's condition(x, t, y) says how t and y, (N, D) each, enter. It runs once, before the first block; then each
+# block maps (x, c) to x. The paper leaves open and we decide: the appended or attended tokens are t, then y, without
+# position or type embeddings (they come from different embedders); cross-attention has a layer norm before it, like the
+# other two branches; layer norms are affine where nothing else scales and shifts.
 
 class InContextBlock(nn.Module):
     """In-context conditioning: t and y are two more tokens of the sequence, and the block is a standard ViT block."""
@@ -398,7 +391,7 @@ class InContextBlock(nn.Module):
 
     @staticmethod
     def condition(x, t, y):                                                       # (N, T, D), (N, D), (N, D)
-        return torch.cat([x, t[:, None], y[:, None]], dim=1), None                # (N, T+2, D); DiT takes the two off
+        return torch.cat([x, t[:, None], y[:, None]], dim=1), None                # (N, T+2, D); DiT removes them again
 
     def forward(self, x, c):                                                      # (N, T+2, D), nothing
         x = x + self.attn(self.norm1(x))                                          # (N, T+2, D)
@@ -525,7 +518,7 @@ class DiT(nn.Module):
             raise ValueError(f"the hidden size {hidden_size} is not divisible by {num_heads} heads and by 4")
         self.block, self.num_classes = block, num_classes
         self.in_channels, self.out_channels = in_channels, 2 * in_channels if learn_sigma else in_channels
-        self.patch_size, self.grid_size = patch_size, input_size // patch_size
+        self.input_size, self.patch_size, self.grid_size = input_size, patch_size, input_size // patch_size
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.register_buffer("pos_embed", get_2d_sincos_pos_embed(hidden_size, self.grid_size)[None])   # (1, T, D)
@@ -533,12 +526,13 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         Block, Decoder = DESIGNS[block]
         self.blocks = nn.ModuleList([Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.condition = Block.condition                                          # how t and y enter this design
         self.final_layer = Decoder(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
         """"We initialize the final linear layer with zeros and otherwise use standard weight initialization
-        techniques from ViT" (Sec. 4), and the official code's 0.02 for the embedders. In order, the last word holds:
+        techniques from ViT" (Sec. 4), and the official code's 0.02 for the embedders. In this order, later lines win:
 
             every linear layer, the patch embedding (as a linear layer)     Xavier uniform, bias 0
             label table, both layers of the timestep MLP                    normal, standard deviation 0.02
@@ -563,15 +557,18 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, g * p, g * p)           # (N, 2C, H, W)
 
     def forward(self, x, t, y, drop=None):                                        # (N, C, H, W), (N,), (N,), (N,) bool
-        """(N, 2C, H, W): eps, then v (C channels without learn_sigma). `drop` marks labels to replace by the null one.
-        Another condition than a class, text say, would enter in y's place, as an embedding (N, D)."""
-        x = self.x_embedder(x) + self.pos_embed                                   # (N, T, D)
+        """(N, 2C, H, W): eps, then v (only eps without learn_sigma). `drop` marks labels to replace by the null label.
+        Another condition, such as text, would replace y by its embedding (N, D). ValueError for another shape of x."""
+        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
+            raise ValueError(f"the model takes (N, {self.in_channels}, {self.input_size}, {self.input_size}), not "
+                             f"{tuple(x.shape)}")
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed          # (N, T, D), in the weights' dtype
         t = self.t_embedder(t)                                                    # (N, D)
         y = self.y_embedder(y, drop)                                              # (N, D)
-        x, c = self.blocks[0].condition(x, t, y)                                  # Figure 3
+        x, c = self.condition(x, t, y)                                            # Figure 3
         for block in self.blocks:
             x = block(x, c)                                                       # (N, T, D), in-context (N, T+2, D)
-        x = x[:, :self.pos_embed.shape[1]]                                        # (N, T, D): off with the two tokens
+        x = x[:, :self.pos_embed.shape[1]]                                        # (N, T, D): in-context's two removed
         x = self.final_layer(x, c)                                                # (N, T, p*p*2C)
         return self.unpatchify(x)                                                 # (N, 2C, H, W)
 
@@ -579,14 +576,17 @@ class DiT(nn.Module):
         """Classifier-free guidance (Sec. 3.1): eps = eps(null) + s (eps(y) - eps(null)), shapes as for forward.
 
         s = cfg_scale: 1 is no guidance and costs one pass, 0 is unconditional. All channels of eps are guided, or the
-        first cfg_channels: 3 reproduces the paper's numbers (Appendix A). All else, v too, is the conditional pass's.
+        first cfg_channels: 3 reproduces the paper's numbers (Appendix A). Everything else, including v, comes from the
+        conditional pass. ValueError if cfg_channels is not in 1..C.
         """
+        k = self.in_channels if cfg_channels is None else cfg_channels
+        if not 1 <= k <= self.in_channels:
+            raise ValueError(f"cannot guide {k} channels: choose 1 to {self.in_channels}")
         if cfg_scale == 1:
             return self(x, t, y)
         null = torch.full_like(y, self.num_classes)
         out = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))    # (2N, 2C, H, W)
         cond, uncond = out.chunk(2)                                               # (N, 2C, H, W) each
-        k = self.in_channels if cfg_channels is None else cfg_channels
         eps = uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k])
         return torch.cat([eps, cond[:, k:]], dim=1)                               # (N, 2C, H, W)
 
