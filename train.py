@@ -1,21 +1,27 @@
-"""Train a DiT.
+"""Train a DiT, as Sec. 4 of the paper does or with other settings.
 
-    python train.py                                             # the built-in set of shapes: minutes on a laptop's CPU
+    python train.py                                             # the built-in shapes: minutes on a laptop's CPU
     python train.py --preset cifar10                            # CIFAR-10, downloaded by torchvision
-    python train.py --preset cifar10 --data FOLDER              # your pictures, one folder a class
+    python train.py --preset cifar10 --data FOLDER              # your pictures: one folder per class
     python train.py --preset cifar10 --block in-context         # another of the paper's four designs
     python train.py --preset imagenet256 --data FOLDER          # the paper's own: DiT-XL/2 on latents, encoded first
-    python train.py --preset imagenet256 --data FOLDER --init DiT-XL/2-256      # from the official weights on
-    python train.py --resume runs/shapes                        # go on where a run stopped
-    torchrun --nproc_per_node=8 train.py --preset cifar10       # one process on each of 8 GPUs
+    python train.py --preset imagenet256 --data FOLDER --init DiT-XL/2-256      # start from the official weights
+    python train.py --resume runs/shapes                        # continue a run
+    torchrun --nproc_per_node=8 train.py --preset cifar10       # 8 GPUs, one process each
     python train.py --preset cifar10 --device xla               # all chips of a TPU machine, or of a pod
-    python train.py --preset imagenet256 --bench                # images/s, and what share of the device that is
 
-A run's folder, runs/PRESET or --out, receives ckpt.pt, log.csv (step, loss, mse, vb, grad_norm, images_per_sec),
-config.json and samples/*.png. Look at the pictures with sample.py.
+A run writes to runs/PRESET, or to --out: ckpt.pt, log.csv, config.json and samples/*.png. sample.py reads ckpt.pt.
 
-Everything random in training is a function of (seed, step, example). A run on one process, on eight, on a TPU, or
-resumed after a crash is therefore the same run, and a checkpoint needs no random state.
+In this file, from the paper outwards:
+
+    Settings                 Config (each field is a flag), PRESETS
+    The training step        draw_batch, Training, train_step
+    The loop                 train, batches, sample_grid
+    ------------------------ nothing below this line is about DiT
+    The run's files          Folder
+    Data                     open_source, Pixels, Latents, prepare_data
+    Devices and processes    Runtime, XLARuntime
+    Command line             parse_args, main
 """
 import argparse
 import colorsys
@@ -27,7 +33,6 @@ import datetime
 import functools
 import hashlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -46,84 +51,61 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import sample
 from dit import DESIGNS, Attention, DiT, DiT_models, GaussianDiffusion
-from sample import (
-    SCALE,
-    VAE,
-    Parser,
-    UserError,
-    decode,
-    default_guidance,
-    exit_on_sigterm,
-    fit,
-    forward_flops,
-    grid_image,
-    limits_told,
-    load_checkpoint,
-    load_vae,
-    matrix_rate,
-    parse_classes,
-    peak_memory,
-    pick_device,
-    replacing,
-    run,
-    sample_images,
-    speed,
-    to_uint8,
-    wait_for,
-)
+from sample import SCALE, VAE, Parser, UserError, atomic_write, between, load_checkpoint, writing
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: every field of Config is a flag
+# Settings -------------------------------------------------------------------------------------------------------------
 
-
-def flag(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default, help, type=None, choices=None):
+    """A field of Config: its default, its help text, and what the command line accepts."""
+    return dataclasses.field(default=default, metadata=dict(help=help, type=type, choices=choices))
 
 
 @dataclasses.dataclass
 class Config:
-    # what to learn from
-    preset: str = flag("shapes", "shapes, cifar10 or imagenet256: settings to start from; every other flag changes one")
-    data: str = flag("shapes", "shapes (built in), cifar10 (downloaded), or a folder with one folder of images a class")
-    image_size: int = flag(16, "side of the square images in pixels; others are scaled and cropped to it")
-    vae: str = flag("", "train on latents of this VAE: a folder, or a name on the hub; nothing: on pixels")
+    """The settings of a run. Each field is a flag; the defaults are the paper's (Sec. 4) where it names a value."""
+    # the images
+    preset: str = flag("shapes", "shapes, cifar10 or imagenet256: settings to start from; other flags change them")
+    data: str = flag("shapes", "shapes (built in), cifar10 (downloaded), or a folder that has one folder per class")
+    image_size: int = flag(16, "side of the images in pixels; they are scaled and cropped to it", between(int, 1, 4097))
+    vae: str = flag("", "train on latents of this VAE: a folder, or a name on the hub. Empty: train on pixels")
     flip: bool = flag(True, "mirror half of the images (the paper's only augmentation)")
-    cache: str = flag("runs/cache", "folder for prepared images")
+    cache: str = flag("runs/cache", "folder for the prepared images")
     # the model (Table 1)
-    model: str = flag("", "DiT-S/2 .. DiT-XL/8: sets the next four at once")
-    patch_size: int = flag(4, "side p of a patch, in pixels or latents")
-    hidden_size: int = flag(128, "width D")
-    depth: int = flag(4, "number of blocks")
-    num_heads: int = flag(4, "attention heads")
-    block: str = flag("adaln-zero", f"the paper's design: {', '.join(DESIGNS)}")
-    # optimization: the paper's Sec. 4 where a preset says nothing else
-    steps: int = flag(400_000, "optimizer steps of the whole run")
-    batch_size: int = flag(256, "images in one optimizer step, over all devices and --accum parts")
-    accum: int = flag(1, "split each batch into so many parts, one after the other, to save memory")
-    lr: float = flag(1e-4, "learning rate of AdamW (no weight decay)")
-    lr_decay_steps: int = flag(0, "let the rate fall linearly to 0 over so many steps; 0 = constant, as in the paper")
-    beta2: float = flag(0.999, "AdamW's second beta")
-    init: str = flag("", "take the first weights from this checkpoint, a ckpt.pt or an official one")
-    ema_decay: float = flag(0.9999, "decay of the averaged weights that are sampled from; warms up in short runs")
-    label_drop: float = flag(0.1, "share of labels replaced by the null label, for guidance")
-    seed: int = flag(0, "determines initial weights, order, flips, noise: all that is random")
+    model: str = flag("", "set the next four flags at once", choices=["", *DiT_models])
+    patch_size: int = flag(4, "side p of a patch, in pixels or latents", between(int, 1))
+    hidden_size: int = flag(128, "width D", between(int, 4))
+    depth: int = flag(4, "number of blocks", between(int, 1))
+    num_heads: int = flag(4, "attention heads", between(int, 1))
+    block: str = flag("adaln-zero", "the block design", choices=list(DESIGNS))
+    # the optimization
+    steps: int = flag(400_000, "optimizer steps of the whole run", between(int, 1))
+    batch_size: int = flag(256, "images per optimizer step, over all devices and --accum parts", between(int, 1))
+    accum: int = flag(1, "split each batch into this many parts, one after the other: saves memory", between(int, 1))
+    lr: float = flag(1e-4, "learning rate of AdamW (no weight decay)", between(float, 0))
+    lr_decay_steps: int = flag(0, "let the rate fall linearly to 0 over these steps; 0: constant", between(int, 0))
+    beta2: float = flag(0.999, "AdamW's second beta", between(float, 0, 1))
+    init: str = flag("", "take the first weights from this checkpoint: a ckpt.pt or an official one")
+    ema_decay: float = flag(0.9999, "decay of the averaged weights, which are sampled from", between(float, 0, 1))
+    label_drop: float = flag(0.1, "share of labels replaced by the null label, for guidance", between(float, 0, 1))
+    seed: int = flag(0, "determines initial weights, order, flips, noise: everything random", between(int, 0, 2 ** 63))
     # the machine
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, or xla for a TPU")
-    dtype: str = flag("auto", "auto, fp32, bf16: auto is bf16 where the hardware multiplies in it")
-    compile: bool | None = flag(None, "torch.compile the model; by default on CUDA only")
+    dtype: str = flag("auto", "auto: bf16 where the hardware multiplies in it", choices=["auto", "fp32", "bf16"])
+    compile: bool | None = flag(None, "torch.compile the model; default: on CUDA with Triton only")
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
-    # what to leave behind
-    out: str = flag("", "folder of the run; default runs/PRESET, or runs/FOLDER with --data FOLDER")
-    log_every: int = flag(50, "steps between rows of log.csv; 0 = none")
-    ckpt_every: int = flag(5000, "steps between checkpoints; 0 = the last alone")
-    sample_every: int = flag(5000, "steps between sample grids; 0 = none")
-    cfg_scale: float = flag(4.0, "guidance of the sample grids")
-    resume: str = flag("", "folder of a run to go on with")
-    bench: bool = flag(False, "time the steps (50) instead of training; with --data '' on made-up images")
+    # what the run writes
+    out: str = flag("", "folder of the run; default: runs/PRESET, or runs/FOLDER with --data FOLDER")
+    log_every: int = flag(50, "steps between rows of log.csv; 0: none", between(int, 0))
+    ckpt_every: int = flag(5000, "steps between checkpoints; 0: only the last", between(int, 0))
+    sample_every: int = flag(5000, "steps between sample grids; 0: none", between(int, 0))
+    cfg_scale: float = flag(4.0, "guidance scale of the sample grids; 1: none", between(float, -1000, 1000))
+    resume: str = flag("", "folder of a run to continue")
 
 
 PRESETS = {
@@ -131,23 +113,12 @@ PRESETS = {
     "shapes": dict(data="shapes", image_size=16, patch_size=4, hidden_size=128, depth=4, num_heads=4, flip=False,
                    steps=6000, batch_size=32, lr=4e-3, lr_decay_steps=6000, beta2=0.99, ema_decay=0.999, dtype="fp32",
                    log_every=100, ckpt_every=1000, sample_every=500, cfg_scale=2.0),
-    # CIFAR-10 in pixel space with the paper's recipe; DiT-S/4 has the paper's 64 tokens of DiT-S/4 on latents.
+    # CIFAR-10 in pixel space with the paper's recipe. 64 tokens, as DiT-S/4 has on 256-pixel latents.
     "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
                     ckpt_every=1000, sample_every=1000, cfg_scale=3.0),
-    # The paper's own: latents of 32x32x4; its tables have 400,000 steps, its best model 7,000,000.
+    # The paper's own: latents of 32x32x4. Its tables are of 400,000 steps, its best model of 7,000,000.
     "imagenet256": dict(data="", image_size=256, vae=VAE, model="DiT-XL/2"),
 }
-
-# What --resume lets a flag change: all that does not make it another run. What --data and --vae hold is compared later.
-MAY_CHANGE = {"data", "vae", "steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every",
-              "ckpt_every", "sample_every", "cfg_scale", "cache"}
-
-RANGES = {  # name: (at least, less than)
-    "image_size": (1, 4097), "patch_size": (1, math.inf), "hidden_size": (4, math.inf), "depth": (1, math.inf),
-    "num_heads": (1, math.inf), "steps": (1, math.inf), "batch_size": (1, math.inf), "accum": (1, math.inf),
-    "lr": (0, math.inf), "lr_decay_steps": (0, math.inf), "beta2": (0, 1), "ema_decay": (0, 1), "label_drop": (0, 1),
-    "seed": (0, 2 ** 63), "log_every": (0, math.inf), "ckpt_every": (0, math.inf), "sample_every": (0, math.inf),
-    "cfg_scale": (-1000, 1000)}
 
 
 def model_args(cfg, num_classes):
@@ -157,93 +128,312 @@ def model_args(cfg, num_classes):
                 depth=cfg.depth, num_heads=cfg.num_heads, num_classes=num_classes, block=cfg.block)
 
 
-def check(cfg):
-    """UserError for the first setting that cannot be meant, before anything is read, made or written."""
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(cfg, name) < high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} should be at least {low}"
-                            + (f" and less than {high}" if high < math.inf else ""))
-    if cfg.dtype not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--dtype {cfg.dtype} is unknown: choose auto, fp32 or bf16")
-    if cfg.vae and cfg.image_size % 8:
-        raise UserError(f"--image-size {cfg.image_size} is not divisible by 8, by which the VAE makes images smaller")
-    if not cfg.data and not cfg.bench:
-        raise UserError("name your images: --data FOLDER, with one folder of them a class")
-    try:
-        with torch.device("meta"):
-            DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    there = next(path for path in [Path(cfg.out), *Path(cfg.out).absolute().parents] if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write into {cfg.out}: name another folder by --out")
+# The training step (Sec. 4) -------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=2)
+def order_of_images(n, seed, epoch):
+    """The order in which an epoch visits n images."""
+    # numpy pads short keys with zeros: without the 1, this would be the stream of example 0 of step `epoch`
+    return np.random.default_rng((seed, epoch, 0, 1)).permutation(n)
 
 
-def parse_args(argv):
-    """Config from the command line: defaults < preset < --model < explicit flags; on --resume, the checkpoint's."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n")[0])
-    for field in dataclasses.fields(Config):
-        yes_or_no = field.type in (bool, bool | None)
-        plain = PRESETS["shapes"].get(field.name, field.default)
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=field.metadata["help"] + ("" if plain in ("", None) else f" (shapes: {plain})"),
-                            **(dict(action=argparse.BooleanOptionalAction) if yes_or_no else dict(type=field.type)))
-    flags = vars(parser.parse_args(argv))
-    if flags.get("data") not in (None, "", "shapes", "cifar10"):
-        flags["data"] = os.path.abspath(flags["data"])             # to be found again from any folder
-    if os.path.exists(flags.get("vae", "")):
-        flags["vae"] = os.path.abspath(flags["vae"])
-    if "resume" in flags:
-        if flags.get("bench"):
-            raise UserError("--bench starts anew: give the run's flags in place of --resume")
-        return resumed_config(flags)
-    preset = flags.get("preset", "shapes")
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
-    chosen = PRESETS[preset] | (dict(steps=50) if flags.get("bench") else {})
-    model = flags.get("model", chosen.get("model", ""))
-    if model:
-        if model not in DiT_models:
-            raise UserError(f"no model {model!r}: choose from {', '.join(DiT_models)}")
-        chosen.update(DiT_models[model].keywords)
-    cfg = Config(**{**chosen, **flags})
-    if model and any(getattr(cfg, name) != size for name, size in DiT_models[model].keywords.items()):
-        cfg.model = ""                                              # an explicit size makes it another model
-    cfg.out = cfg.out or f"runs/{preset if cfg.data == PRESETS[preset]['data'] else Path(cfg.data).name}"
-    check(cfg)
-    if (Path(cfg.out) / "ckpt.pt").exists() and not cfg.bench:
-        raise UserError(f"{cfg.out} holds a run already: go on by --resume {cfg.out}, or name another folder by --out")
-    return cfg
+def draw_batch(cfg, images, labels, step, share=slice(None)):
+    """(x, y, t, noise, drop) of a step, as CPU tensors of the examples in `share`. x: uint8 pixels or float32 latents.
+
+    Everything random about example i of a step comes from a generator of its own, keyed by (seed, step, i). So it is
+    the same on any number of processes and after any restart, and a checkpoint needs no random state.
+    """
+    examples = []
+    for i in range(cfg.batch_size)[share]:
+        rng = np.random.default_rng((cfg.seed, step, i))
+
+        # which image: every epoch visits each of them once
+        epoch, place = divmod((step - 1) * cfg.batch_size + i, len(labels))
+        index = order_of_images(len(labels), cfg.seed, epoch)[place]
+
+        # what the loss needs: the timestep, and whether the label is dropped (Sec. 3.1, classifier-free guidance)
+        flip = rng.random() < 0.5 and cfg.flip
+        t = rng.integers(1000)
+        drop = rng.random() < cfg.label_drop
+
+        # the image, or a latent from the VAE's posterior N(mean, std^2); a mirror image has a posterior of its own
+        if cfg.vae:
+            mean, std = np.split(images[index][int(flip)].astype(np.float32), 2)               # (4, I/8, I/8) each
+            x = SCALE * (mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
+        else:
+            x = images[index][..., ::-1] if flip else images[index]                            # (3, I, I)
+
+        noise = rng.standard_normal(x.shape, dtype=np.float32)
+        examples.append((x, labels[index], t, noise, drop))
+    return tuple(torch.from_numpy(np.stack(column)) for column in zip(*examples, strict=True))
 
 
-def resumed_config(flags):
-    """The Config of the run in the folder flags["resume"], with those flags that may change."""
-    folder = flags.pop("resume")
-    if os.path.isfile(folder):
-        folder = os.path.dirname(folder) or "."                     # its ckpt.pt was named
-    saved = load_checkpoint(Path(folder) / "ckpt.pt", check=False)  # only its settings are looked at here
-    config = dataclasses.asdict(Config())                           # an older version's may lack a field, or have more
-    config = {name: saved["config"].get(name, default) for name, default in config.items()}
-    may_change = MAY_CHANGE - ({"vae"} if not flags.get("vae") or not config["vae"] else set())     # pixels, or latents
-    different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
-                 if name not in may_change and value != config[name]]
-    if different:
-        raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start anew by --out")
-    cfg = Config(**{**config, **flags, "out": folder, "resume": folder})
-    check(cfg)
-    if cfg.steps <= saved["step"]:
-        raise UserError(f"{folder} has done {saved['step']} steps already: ask for more by --steps")
-    return cfg
+class Training:
+    """What a step changes: the model, the running average of its weights (EMA), and AdamW's moments."""
+
+    def __init__(self, cfg, rt, num_classes):
+        torch.manual_seed(cfg.seed)
+        self.model = DiT(**model_args(cfg, num_classes))
+        self.ema = copy.deepcopy(self.model).to(rt.device).requires_grad_(False)
+        self.wrapped = rt.prepare(self.model.to(rt.device))         # what the loss calls; its weights are the model's
+        self.opt = rt.optimizer(self.model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
+
+    def start_from(self, path):
+        """Take the averaged weights of a checkpoint. With another number of classes, the label table starts anew."""
+        table, state = "y_embedder.embedding_table.weight", load_checkpoint(path)["ema"]
+        ours = self.model.state_dict()[table]
+        other_classes = table in state and len(state[table]) != len(ours)
+        sample.load_strictly(path, self.model, state | ({table: ours} if other_classes else {}))
+        self.ema.load_state_dict(self.model.state_dict())
+        return "all weights but the label table" if other_classes else "all weights"
+
+    def state(self):
+        return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict())
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        # only the moments: lr and the like are this run's, `fused` and the like this device's
+        self.opt.load_state_dict(dict(state["opt"], param_groups=self.opt.state_dict()["param_groups"]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: from any source to two arrays, labels (n,) and images (n, ...): pixels, or the moments of their latents
+def learning_rate(cfg, step):
+    """Constant, as in the paper, or falling linearly to 0 over cfg.lr_decay_steps."""
+    return cfg.lr * max(0.0, 1 - (step - 1) / cfg.lr_decay_steps) if cfg.lr_decay_steps else cfg.lr
 
+
+def train_step(cfg, rt, training, diffusion, batch, step):
+    """One optimizer step on this process's share of the batch.
+
+    Returns (4,) on the device: loss, mse and vb, averaged over the share, and the norm of the whole batch's gradient.
+    """
+    # forward and backward, in cfg.accum parts
+    losses = 0
+    parts = zip(*(tensor.chunk(cfg.accum) for tensor in batch), strict=True)
+    for k, part in enumerate(parts, start=1):
+        x, y, t, noise, drop = rt.to_device(part)
+        x = x / 127.5 - 1 if x.dtype == torch.uint8 else x                        # pixels to [-1, 1]
+        with rt.accumulating(last=k == cfg.accum):
+            with rt.autocast():
+                terms = diffusion.training_losses(training.wrapped, x, t, noise, y=y, drop=drop)
+            means = torch.stack([terms[name].mean() for name in ("loss", "mse", "vb")]) / cfg.accum
+            means[0].backward()
+        losses = losses + means.detach()
+
+    # AdamW
+    parameters = list(training.model.parameters())
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    for group in training.opt.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+    training.opt.step()
+    training.opt.zero_grad()
+
+    # the average; its decay warms up, or short runs would sample from their initial weights
+    decay = min(cfg.ema_decay, (1 + step) / (10 + step))
+    rt.update_ema(training.ema.parameters(), parameters, decay)
+    return torch.cat([losses, grad_norm[None]])
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
+def train(cfg, rt):
+    """Train from the start, or from the run's checkpoint, until the last step or a signal."""
+    # what is learned from, and what learns
+    source, codec = open_source(cfg), Latents(cfg, rt) if cfg.vae else Pixels()
+    training, diffusion = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device)
+    about = about_run(cfg, source, codec)
+    start = steps_done(cfg, rt, training, about)
+
+    # prepare the images, which can take hours, and longer on one machine than on another; then start together
+    images, labels = prepare_data(cfg, rt, source, codec)
+    rt.barrier()
+    rt.check_same(start, rt.dtype, about["config"] | dict(data="", vae="", cache="", resume=""))
+    folder = Folder(cfg, start, writes=rt.rank == 0)
+    announce(cfg, rt, training.model, source)
+
+    finite = torch.ones((), dtype=torch.bool, device=rt.device)
+    logged, clock = start, time.perf_counter()
+    with rt.catching_signals(), rt.progress_bar(cfg.steps, start) as bar:
+        for step, batch in batches(cfg, rt, images, labels, start):
+            # one step; nothing here waits for the device, which may still be busy when the next step begins
+            numbers = train_step(cfg, rt, training, diffusion, batch, step)
+            finite &= numbers.isfinite().all()
+            rt.mark_step()
+            bar.update()
+
+            # is anything else due?
+            stop, last = rt.any(rt.stop), step == cfg.steps
+            log_due, save_due, sample_due = (every > 0 and (last or step % every == 0)
+                                             for every in (cfg.log_every, cfg.ckpt_every, cfg.sample_every))
+            if not (log_due or save_due or sample_due or last or stop):
+                continue
+            now = time.perf_counter()
+
+            # a loss or gradient that is not finite ends the run before anything is written
+            if rt.any(not finite):
+                raise UserError(f"the loss or the gradient is not finite at step {step} or shortly before. No file was "
+                                f"written since. Use a lower --lr than {cfg.lr}, or --dtype fp32", status=3)
+            # log
+            if log_due:
+                numbers, rate = rt.mean(numbers), (step - logged) * cfg.batch_size / (now - clock)
+                folder.log(step, *numbers, rate)
+                bar.set_postfix_str(f"loss {numbers[0]:.4f}, {rate:.0f} images/s", refresh=False)
+                logged, clock = step, now
+            # save
+            if save_due or last or stop:
+                folder.save(about | rt.to_cpu(training.state()) | dict(step=step))
+                rt.barrier()
+            # sample
+            if sample_due and (last or not stop):
+                folder.save_picture(step, sample_grid(cfg, rt, training.ema, codec, source.class_names))
+            # stop on Ctrl-C or SIGTERM
+            if stop and not last:
+                return rt.say(f"stopped and saved at step {step}; resume with: {rt.launcher} train.py --resume "
+                              f"{shlex.quote(cfg.out)}")
+            clock += time.perf_counter() - now                      # checkpoints and pictures are not training
+    rt.say(f"done: {cfg.out}/ckpt.pt, {cfg.out}/log.csv, {cfg.out}/samples. Draw more images with:\n"
+           f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')} --cfg-scale {cfg.cfg_scale:g}")
+
+
+def steps_done(cfg, rt, training, about):
+    """Load the checkpoint of a run to resume, or the weights that --init names; return the steps already done."""
+    if not cfg.resume:
+        if cfg.init:
+            rt.say(f"{training.start_from(cfg.init)} taken from {cfg.init}")
+        return 0
+    saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", check=rt.local_rank == 0)
+    if saved["config"]["data_digest"] != about["config"]["data_digest"]:
+        raise UserError(f"{cfg.out} was trained on other images than --data {cfg.data}, or with another --vae: restore "
+                        "them, or start a new run with --out")
+    training.load(saved)
+    return saved["step"]
+
+
+def batches(cfg, rt, images, labels, start):
+    """(step, this process's share of the batch) after step `start`. A thread draws one step ahead of the device."""
+    def draw(step):
+        return rt.pin_memory(draw_batch(cfg, images, labels, step, rt.share(cfg.batch_size)))
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(draw, start + 1)
+        for step in range(start + 1, cfg.steps + 1):
+            batch = ahead.result()
+            if step < cfg.steps:
+                ahead = thread.submit(draw, step + 1)
+            yield step, batch
+
+
+def sample_grid(cfg, rt, ema, codec, class_names):
+    """A picture of guided samples, one row per class, from the same noise every time.
+
+    It is drawn in parts that fit where a training step fits. Every process draws it and rank 0 writes it, so that no
+    process waits long and all machines of a pod run the same programs.
+    """
+    labels = [c for c in sample.parse_classes(None, class_names) for _ in range(8)]
+    part = max(1, cfg.batch_size // rt.devices // cfg.accum // 2)                 # guidance doubles the batch
+    pictures = []
+    for k in range(0, len(labels), part):
+        x = sample.sample_images(ema, labels[k:k + part], range(k, len(labels))[:part], steps=25, sampler="ddim",
+                                 cfg_scale=sample.default_guidance(dataclasses.asdict(cfg)),
+                                 on_step=lambda *_: rt.mark_step())
+        pictures.append(sample.to_uint8(codec.decode(x)))
+    return sample.grid_image(torch.cat(pictures), 8)
+
+
+def announce(cfg, rt, model, source):
+    """Say what is trained, on what, and where."""
+    n, names = len(source.labels), source.class_names
+    devices = f"{rt.devices} x {rt.kind}" if rt.devices > 1 else rt.kind
+    rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+           f"{n} images, {len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), "
+           f"{cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, {str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
+    if 0 < cfg.lr_decay_steps < cfg.steps:
+        rt.say(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0: nothing is learned")
+
+
+# Below this line: files, data, devices, command line. Nothing below is about DiT ======================================
+
+# The run's files ------------------------------------------------------------------------------------------------------
+
+FORMAT = 2                      # of a run: 2 draws by (seed, step, example). A run of another format cannot be resumed
+
+
+class Folder:
+    """The files of a run: config.json, log.csv, ckpt.pt and samples/. Only the process that `writes` touches them.
+
+    Files are replaced atomically. log.csv has one row per logged step, with exact floats. On resume, the rows after
+    `step` are removed, since those steps are done again.
+    """
+    columns = ["step", "loss", "mse", "vb", "grad_norm", "images_per_sec"]
+
+    def __init__(self, cfg, step, writes=True):
+        self.out, self.writes = Path(cfg.out), writes
+        self.log_path = self.out / "log.csv"
+        if not writes:
+            return
+        with writing(self.out):
+            for folder in (self.out, self.out / "samples"):
+                for half in folder.glob("*.????????.part"):         # left by a killed run
+                    half.unlink()
+            with atomic_write(self.out / "config.json", "w") as file:
+                file.write(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+            rows = self.rows_until(step)
+            with atomic_write(self.log_path, "w", newline="") as file:
+                csv.writer(file).writerows([self.columns, *rows])
+            self.log_file = open(self.log_path, "a", newline="")
+
+    def rows_until(self, step):
+        """The rows of log.csv up to `step`. A killed run may have left half a row."""
+        if step == 0 or not self.log_path.exists():
+            return []
+        rows = [line.split(",") for line in self.log_path.read_text(errors="replace").splitlines()[1:]]
+        return [row for row in rows if len(row) == len(self.columns) and row[0].isdecimal() and int(row[0]) <= step]
+
+    def log(self, *values):
+        """Append a row to log.csv."""
+        if self.writes:
+            with writing(self.log_path):
+                csv.writer(self.log_file).writerow(map(repr, values))
+                self.log_file.flush()
+
+    def save(self, state):
+        """Write ckpt.pt, after flushing the log to disk."""
+        if self.writes:
+            with writing(self.log_path):
+                os.fsync(self.log_file.fileno())
+            with atomic_write(self.out / "ckpt.pt") as file:
+                torch.save(state, file)
+
+    def save_picture(self, step, image):
+        if self.writes:
+            with atomic_write(self.out / "samples" / f"{step:07d}.png") as file:
+                image.save(file, format="png")
+
+
+def about_run(cfg, source, codec):
+    """What a checkpoint says about its run: the settings, the images, and how to rebuild the model."""
+    data_digest = digest(source.identity, source.class_names, codec.identity)
+    return dict(config=dict(dataclasses.asdict(cfg), format=FORMAT, data_digest=data_digest, **codec.constants),
+                model_args=model_args(cfg, len(source.class_names)), class_names=source.class_names)
+
+
+def to_cpu(state):
+    """A state dict with all its tensors on the CPU."""
+    if isinstance(state, dict):
+        return {key: to_cpu(value) for key, value in state.items()}
+    return state.detach().cpu() if torch.is_tensor(state) else state
+
+
+def digest(*values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+# Data: any source becomes two arrays, labels (n,) and images (n, ...): pixels, or moments of latents ------------------
 
 class Source(NamedTuple):
     """A data set before its preparation."""
-    identity: list              # which images these are, wherever they lie: a run is resumed on the same ones only
-    version: list               # whether a file was touched since
+    identity: list              # the images, wherever they lie: a run is resumed on the same ones only
+    mtimes: list                # if a file was touched, the arrays are made again
     class_names: list
     labels: list
     load: Callable              # i -> uint8 (I, I, 3)
@@ -264,24 +454,24 @@ SHAPES = {                      # name -> whether (x, y) is inside; y points up,
 
 
 def draw_shape(i, size):
-    """Image i of the built-in set, uint8 (size, size, 3): shape i % 10 of random place, size, tilt and two colours."""
+    """Image i of the built-in set, uint8 (size, size, 3): shape i % 10, of random place, size, tilt and colours."""
     rng = np.random.default_rng(i)
     scale = rng.uniform(0.75, 0.95)
     cx, cy = rng.uniform(-0.6, 0.6, size=2) * (1 - scale)
     tilt = rng.uniform(-0.12, 0.12)
     hue = rng.random()
-    paper = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.35))
-    ink = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.3, 0.9), rng.uniform(0.8, 1.0))
+    background = colorsys.hsv_to_rgb(hue, rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.35))
+    foreground = colorsys.hsv_to_rgb((hue + rng.uniform(0.2, 0.8)) % 1, rng.uniform(0.3, 0.9), rng.uniform(0.8, 1.0))
     fine = (np.arange(4 * size) + 0.5) / (2 * size) - 1             # each pixel is the mean of 4 x 4 points
     x, y = np.meshgrid((fine - cx) / scale, (-fine - cy) / scale)
     x, y = x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)
     inside = list(SHAPES.values())[i % len(SHAPES)](x, y)
     cover = inside.reshape(size, 4, size, 4).mean(axis=(1, 3))[..., None]
-    return (255 * (cover * np.array(ink) + (1 - cover) * np.array(paper))).round().astype(np.uint8)
+    return (255 * (cover * np.array(foreground) + (1 - cover) * np.array(background))).round().astype(np.uint8)
 
 
 def center_crop(image, size):
-    """A PIL image as uint8 (size, size, 3), by ADM's rule: halved by box filters, then bicubic, then its middle."""
+    """A PIL image as uint8 (size, size, 3), by ADM's rule: halve with box filters, resize bicubically, crop."""
     if image.mode[0] in "IF":
         raise ValueError(f"pixels of mode {image.mode}, not of 8 bits")
     image = ImageOps.exif_transpose(image).convert("RGB")
@@ -294,27 +484,35 @@ def center_crop(image, size):
 
 
 def open_source(cfg):
-    """The Source that --data names; UserError if there is none."""
+    """The Source that --data names. UserError if there is none."""
     if cfg.data == "shapes":
         labels = [i % len(SHAPES) for i in range(20_000)]
         return Source(["shapes", len(labels)], [], list(SHAPES), labels, lambda i: draw_shape(i, cfg.image_size))
-    import torchvision.datasets  # which takes a second that shapes need not wait
+    return open_cifar10(cfg) if cfg.data == "cifar10" else open_folder(cfg)
 
-    if cfg.data == "cifar10":
-        try:
-            Path(cfg.cache).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(cfg.cache) / "cifar10.lock"):
-                data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot get CIFAR-10 ({error}): name a folder of images by --data") from None
-        return Source(["cifar10", len(data.targets)], [], data.classes, data.targets,
-                      lambda i: center_crop(Image.fromarray(data.data[i]), cfg.image_size))
+
+def open_cifar10(cfg):
+    import torchvision.datasets  # takes a second to import, which the shapes need not spend
+
     try:
-        samples = torchvision.datasets.ImageFolder(cfg.data)
-        paths = [path for path, _ in samples.samples]
+        Path(cfg.cache).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(cfg.cache) / "cifar10.lock"):            # one process downloads it
+            data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot get CIFAR-10 ({error}): give a folder of images with --data") from None
+    return Source(["cifar10", len(data.targets)], [], data.classes, data.targets,
+                  lambda i: center_crop(Image.fromarray(data.data[i]), cfg.image_size))
+
+
+def open_folder(cfg):
+    import torchvision.datasets
+
+    try:
+        found = torchvision.datasets.ImageFolder(cfg.data)
+        paths = [path for path, _ in found.samples]
         stats = [os.stat(path) for path in paths]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"no images in --data {cfg.data} ({error}): it should hold one folder a class") from None
+        raise UserError(f"no images in --data {cfg.data} ({error}): it should hold one folder per class") from None
 
     def load(i):
         try:
@@ -324,19 +522,12 @@ def open_source(cfg):
 
     identity = [(os.path.relpath(path, cfg.data).replace(os.sep, "/"), stat.st_size)
                 for path, stat in zip(paths, stats, strict=True)]
-    return Source(identity, [stat.st_mtime_ns for stat in stats], samples.classes, samples.targets, load)
-
-
-def digest(*values):
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+    return Source(identity, [stat.st_mtime_ns for stat in stats], found.classes, found.targets, load)
 
 
 class Pixels:
-    """What a run on pixels keeps of its images: uint8 (3, I, I) each."""
-
-    def __init__(self, cfg):
-        self.shape, self.dtype, self.slow = (3, cfg.image_size, cfg.image_size), np.uint8, False
-        self.identity, self.constants = [], {}
+    """Train on pixels. Prepared images are uint8 (3, I, I)."""
+    identity, constants, slow = [], {}, False
 
     def encode(self, images):                                       # uint8 (k, I, I, 3)
         return images.transpose(0, 3, 1, 2)                         # uint8 (k, 3, I, I)
@@ -346,18 +537,16 @@ class Pixels:
 
 
 class Latents:
-    """What a run on latents keeps of its images: mean and standard deviation of the VAE's posterior (Sec. 3.1), of the
-    image and of its mirror image: float16 (2, 2 C, I/8, I/8) each. The mirrored latent is not the mirror's latent."""
+    """Train on latents (Sec. 3.1). A prepared image is the mean and the standard deviation of the VAE's posterior, of
+    the image and of its mirror image: float16 (2, 2 C, I/8, I/8). The mirrored latent is not the mirror image's."""
+    constants, slow = dict(scale=SCALE), True
 
     def __init__(self, cfg, rt):
-        self.name, self.vae = cfg.vae, load_vae(cfg.vae, rt.own_device)
-        side = cfg.image_size // 8
-        self.shape, self.dtype, self.slow = (2, 8, side, side), np.float16, True
-        self.constants = dict(scale=SCALE)
+        self.vae = sample.load_vae(cfg.vae, rt.own_device)
         weights = hashlib.sha256()
         for tensor in self.vae.state_dict().values():
             weights.update(tensor.cpu().numpy().tobytes())
-        self.identity = [SCALE, weights.hexdigest()]                # another VAE makes another cache
+        self.identity = [weights.hexdigest()]                       # another VAE makes other latents
 
     @torch.no_grad()
     def encode(self, images):                                       # uint8 (k, I, I, 3)
@@ -366,193 +555,144 @@ class Latents:
             x = torch.from_numpy(some.transpose(0, 3, 1, 2).copy()).to(self.vae.device) / 127.5 - 1
             both = [self.vae.encode(view).latent_dist for view in (x, x.flip(3))]
             moments.append(torch.stack([torch.cat([p.mean, p.std], dim=1) for p in both], dim=1).cpu())
-        moments = torch.cat(moments).half()                         # (k, 2, 2C, I/8, I/8)
-        if not moments.isfinite().all():
-            raise UserError(f"the VAE {self.name} makes latents that are no numbers: take another by --vae")
-        return moments.numpy()
-
-    def spread(self, images):
-        """The standard deviation of what the model is to learn, about 1 as its noise."""
-        mean, std = np.split(images[::-(-len(images) // 100), 0].astype(np.float32), 2, axis=1)
-        return SCALE * np.sqrt(mean.var() + (std ** 2).mean())
+        return torch.cat(moments).half().numpy()                    # (k, 2, 2C, I/8, I/8)
 
     def decode(self, x):
-        return decode(self.vae, x, SCALE)
+        return sample.decode(self.vae, x, SCALE)
 
 
-PART = 256                      # images that one process prepares at a time
+IMAGES_PER_PART, MOST_PARTS = 256, 500                              # each part is an open file
 
 
-def prepare_data(cfg, rt, source, space):
-    """(images, labels), memory-mapped: made on the first call for this source and space, found again afterwards.
+class Parts:
+    """The prepared images, memory-mapped from files of `size` images each: parts[i] is image i."""
 
-    Processes that come at the same time share the work by parts; what a killed one has left undone, others do, or the
-    next run. labels.npy is written last: a folder that has none is not whole.
+    def __init__(self, paths, size):
+        self.arrays, self.size = [], size
+        for path in paths:
+            try:
+                self.arrays.append(np.load(path, mmap_mode="r"))
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{path} is damaged ({error}): remove it, and it is made again") from None
+
+    def __len__(self):
+        return sum(map(len, self.arrays))
+
+    def __getitem__(self, i):
+        part, row = divmod(int(i), self.size)
+        return self.arrays[part][row]
+
+
+def prepare_data(cfg, rt, source, codec):
+    """(images, labels): made on the first call for this source and codec, found again afterwards.
+
+    Each part is a file that appears when it is complete. So processes that start together share the work without
+    locks, and what a killed one leaves undone is done by the others or by the next run.
     """
     n = len(source.labels)
-    some = np.linspace(0, n - 1, 20).astype(int)
-    probe = [source.load(i).tobytes() for i in some]                # another code makes other arrays
-    key = digest(source.identity, source.version, source.labels, probe, space.identity, PART)
+    some_images = [source.load(i).tobytes() for i in np.linspace(0, n - 1, 20).astype(int)]     # the code's fingerprint
+    size = max(IMAGES_PER_PART, -(-n // MOST_PARTS))
+    key = digest(source.identity, source.mtimes, source.labels, some_images, cfg.image_size, codec.identity, size)
     folder = Path(cfg.cache) / f"{Path(cfg.data).name}-{cfg.image_size}-{key}"
-    try:
-        if not (folder / "labels.npy").exists():
-            write_images(cfg, rt, source, space, folder)
-            with FileLock(f"{folder}.lock"):
-                if not (folder / "labels.npy").exists():
-                    with replacing(folder / "settings.json", "w") as file:
-                        json.dump(dict(data=cfg.data, image_size=cfg.image_size, vae=cfg.vae, **space.constants), file)
-                    with replacing(folder / "labels.npy") as file:
-                        np.save(file, np.array(source.labels))
-                    for mark in [*folder.glob("*.done"), *folder.glob("*.lock")]:
-                        mark.unlink()
-        return np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-    except (OSError, NotImplementedError) as error:
-        raise UserError(f"cannot write into {cfg.cache} ({error}): make room, or name another by --cache") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{folder} is damaged ({error}): remove it, and it will be made again") from None
+    paths = {range(start, min(start + size, n)): folder / f"{start:07d}.npy" for start in range(0, n, size)}
+    mine = list(paths)[rt.rank::rt.world]
 
+    with ThreadPoolExecutor(os.cpu_count()) as pool:                # decoding a file releases the GIL
+        def load(indices):
+            return np.stack(list(pool.map(source.load, indices)))
 
-def write_images(cfg, rt, source, space, folder):
-    """images.npy: first this process's share of the parts, then what the others have not done."""
-    n, dtype = len(source.labels), np.dtype(space.dtype)
-    size = math.prod(space.shape) * dtype.itemsize
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "images.npy").exists():
-            for mark in folder.glob("*.done"):
-                mark.unlink()                                       # of a file that somebody has removed
-            with replacing(folder / "images.npy") as file:          # not mapped: a full disk would kill, not raise
-                np.lib.format.write_array_header_1_0(
-                    file, dict(descr=dtype.str, fortran_order=False, shape=(n, *space.shape)))
-                file.truncate(file.tell() + n * size)
-
-    def done(start):
-        return (folder / f"{start}.done").exists() or (folder / "labels.npy").exists()
-
-    def load(start):
-        return np.stack(list(pool.map(source.load, range(start, min(start + PART, n)))))
-
-    def write(start):
-        with FileLock(folder / f"{start}.lock"):
-            if not done(start):
-                images = space.encode(load(start))
-                with open(folder / "images.npy", "r+b") as file:
-                    file.seek((start - n) * size, os.SEEK_END)
-                    file.write(images.tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())
-                (folder / f"{start}.done").touch()
-
-    share = range(rt.rank * PART, n, rt.world * PART)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:                # decoding lets go of Python's lock
-        if space.slow:                                              # a broken image is told now, not in hours
-            for start in tqdm(share, desc=f"looking at {cfg.data}", unit="part", disable=rt.rank > 0):
-                done(start) or load(start)
+        if codec.slow:                                              # find a broken image now, not after hours
+            for indices in tqdm(mine, desc=f"reading {cfg.data}", unit="part", disable=rt.rank > 0):
+                if not paths[indices].exists():
+                    load(indices)
+        # first this process's share, then what is left of the others', from the end
         with tqdm(total=n, desc=f"preparing {cfg.data}", unit="image", disable=rt.rank > 0) as bar:
-            for start in [*share, *(start for start in range(0, n, PART) if start not in share)]:
-                done(start) or write(start)
-                bar.update(min(PART, n - start))
+            for indices in [*mine, *(part for part in reversed(paths) if part not in mine)]:
+                if not paths[indices].exists():
+                    images = codec.encode(load(indices))
+                    with atomic_write(paths[indices]) as file:
+                        np.save(file, images)
+                bar.update(len(indices))
+    return Parts(paths.values(), size), np.array(source.labels)
 
 
-# What a stream of random numbers is for. From 1, because numpy's seeding takes (a, b, 0) for (a, b).
-ORDER, FLIP, TIME, NOISE, DROP, POSTERIOR = range(1, 7)
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return np.random.default_rng((seed, epoch, ORDER)).permutation(n)
-
-
-def draw_batch(cfg, images, labels, step, share=slice(None)):
-    """(x, y, t, noise, drop) of a step as CPU tensors: a function of (seed, step) and the data.
-
-    x: uint8 pixels, or float32 latents drawn from their posterior. All is drawn for the global batch, so that it does
-    not depend on who asks; `share` is the part that is returned.
-    """
-    def rng(purpose):
-        return np.random.default_rng((cfg.seed, step, purpose))
-
-    position = (step - 1) * cfg.batch_size + np.arange(cfg.batch_size)
-    epoch, place = np.divmod(position, len(labels))
-    index = np.array([permutation(len(labels), cfg.seed, e)[p] for e, p in zip(epoch.tolist(), place, strict=True)])
-    flip = (rng(FLIP).random(cfg.batch_size) < 0.5) & cfg.flip
-    t = rng(TIME).integers(1000, size=cfg.batch_size)
-    shape = (cfg.batch_size, 4 if cfg.vae else 3, *images.shape[-2:])
-    noise = rng(NOISE).standard_normal(shape, dtype=np.float32)
-    drop = rng(DROP).random(cfg.batch_size) < cfg.label_drop
-    index, flip = index[share], flip[share]
-    if cfg.vae:
-        mean, std = np.split(images[index, flip.astype(int)].astype(np.float32), 2, axis=1)
-        x = SCALE * (mean + std * rng(POSTERIOR).standard_normal(shape, dtype=np.float32)[share])
-    else:
-        x = images[index]
-        x = np.where(flip[:, None, None, None], x[..., ::-1], x)
-    return tuple(map(torch.from_numpy, (x, labels[index], t[share], noise[share], drop[share])))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Devices and processes: the only place that knows what the loop runs on
-
+# Devices and processes: the only place that knows what the loop runs on -----------------------------------------------
 
 class Runtime:
-    """One process on one device: rank 0 of 1. Its two subclasses give the loop more of both, under the same names.
+    """One process and its device: rank 0 of 1, or one of the N processes that torchrun started.
 
-    A batch is divided over `shares` devices. This process loads part `rank` of `world` of it; on its machine it is
-    process number local_rank. `patient` is the group in which processes wait for one another as long as it takes;
-    own_device is for what a process does without the others.
+    A batch is split over `devices` devices. This process loads part `rank` of `world`; `local_rank` is its number on
+    its machine. `own_device` is for work that the other processes do not share, such as encoding images.
     """
-    rank, world, local_rank, shares, patient = 0, 1, 0, 1, None
-    launcher = "python"
     checkpoint = staticmethod(functools.partial(checkpoint, use_reentrant=False))
 
     def __init__(self, cfg):
-        self.device = self.own_device = self.open_device(cfg.device)
+        self.find_devices(cfg)
+        if cfg.batch_size % (self.devices * cfg.accum):
+            raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {self.devices} devices times --accum "
+                            f"{cfg.accum}: use a multiple of {self.devices * cfg.accum}")
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": self.natural_dtype()}[cfg.dtype]
-        self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
-        self.grad_checkpoint = cfg.grad_checkpoint
-        self.kind, self.stop = self.device.type, False
-        if cfg.batch_size % (self.shares * cfg.accum):
-            raise UserError(f"--batch-size {cfg.batch_size} is not divisible by {self.shares} devices times --accum "
-                            f"{cfg.accum}: take a multiple of {self.shares * cfg.accum}")
+        self.compile = self.device.type == "cuda" and has_triton() if cfg.compile is None else cfg.compile
+        self.grad_checkpoint, self.stop, self.ddp = cfg.grad_checkpoint, False, None
+        self.connect()
+
+    def find_devices(self, cfg):
+        """Set rank, world, local_rank, devices, device and own_device."""
+        known = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+        if len(known) not in (0, 3):
+            raise UserError("only some of RANK, WORLD_SIZE and LOCAL_RANK are set: start with torchrun, or unset them")
+        if known and cfg.device not in ("auto", "cuda", "cpu"):
+            raise UserError(f"--device {cfg.device} is one device: under torchrun use auto, cuda or cpu")
+        self.rank, self.world, self.local_rank = map(int, known or (0, 1, 0))
+        self.device = self.own_device = sample.pick_device(cfg.device)
+        self.devices, self.kind = self.world, self.device.type
+        here = os.environ.get("LOCAL_WORLD_SIZE", self.world)
+        self.launcher = f"torchrun --nproc_per_node={here}" if self.world > 1 else "python"
+
+    def connect(self):
+        """Join the other processes."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            # nccl gives up after minutes, which is right for a step; preparing data may take days
+            self.slow_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def close(self):
-        """Nothing to take leave of."""
-
-    def open_device(self, name):
-        return pick_device(name)
+        if self.world > 1:
+            self.barrier()
+            dist.destroy_process_group()
 
     def natural_dtype(self):
         """bfloat16 where the hardware multiplies in it, else float32."""
         has_bf16 = {"cuda": lambda: torch.cuda.get_device_capability(self.device) >= (8, 0),
-                    "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
+                    "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+                    "xla": lambda: self.on_tpu}
         return torch.bfloat16 if has_bf16.get(self.device.type, lambda: False)() else torch.float32
 
-    # what is trained
+    # the model
 
-    def formulas(self):
-        """What serves the device better than a module's own forward: {its class: function (module, x)}."""
-        return {Attention: attention} if self.device.type == "cpu" and self.dtype == torch.bfloat16 else {}
+    def replaced_forwards(self):
+        """What this device computes otherwise: {class of module: function(module, x)}."""
+        return {Attention: attention} if (self.device.type, self.dtype) == ("cpu", torch.bfloat16) else {}
 
     def prepare(self, model):
-        """The model to train with: checkpointed and compiled as asked. It shares the parameters of `model`."""
-        formulas = self.formulas()
+        """What a step calls: `model`, checkpointed, averaging its gradients and compiled as needed. Same parameters."""
+        forwards = self.replaced_forwards()
         for module in model.modules():
-            if type(module) in formulas:
-                module.forward = functools.partial(formulas[type(module)], module)
+            if type(module) in forwards:
+                module.forward = functools.partial(forwards[type(module)], module)
         if self.grad_checkpoint:
             for block in model.blocks:
                 block.forward = functools.partial(self.checkpoint, block.forward)
-        model = self.parallel(model)
+        if self.world > 1 and self.device.type != "xla":            # whose compiler averages by itself
+            model = self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         return torch.compile(model) if self.compile else model
-
-    def parallel(self, model):
-        """The model that exchanges its gradients with the other processes'."""
-        return model
 
     def optimizer(self, parameters, **kwargs):
         return torch.optim.AdamW(parameters, fused=True, **kwargs)
 
-    def average(self, ema, parameters, decay):
+    def update_ema(self, ema, parameters, decay):
         """ema = decay ema + (1 - decay) parameters."""
         get_ema_multi_avg_fn(decay)(list(ema), parameters, None)
 
@@ -562,39 +702,38 @@ class Runtime:
         """The part of a batch of n that this process loads."""
         return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
-    def pin(self, tensors):
-        """CPU tensors that the device fetches while the program goes on."""
+    def pin_memory(self, tensors):
+        """The tensors in pinned memory, which CUDA copies asynchronously."""
         if self.device.type != "cuda":
             return tensors
-        with torch.cuda.device(self.device):                        # each thread has its own, at first number 0
+        with torch.cuda.device(self.device):                        # a new thread would use device 0
             return [tensor.pin_memory() for tensor in tensors]
 
-    def put(self, tensors):
-        pinned = self.device.type == "cuda"                         # other memory may be gone before it is copied
+    def to_device(self, tensors):
+        pinned = self.device.type == "cuda"                         # only pinned memory may be copied asynchronously
         return [tensor.to(self.device, non_blocking=pinned) for tensor in tensors]
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def accumulating(self, last):
-        """The context of one of --accum parts: the gradients of the processes need to meet in the last one only."""
-        return contextlib.nullcontext()
+        """The context of one of --accum parts: gradients are averaged over the processes in the last one only."""
+        return self.ddp.no_sync() if self.ddp and not last else contextlib.nullcontext()
 
-    def finish_step(self):
-        """The end of what may be computed as one."""
-
-    def wait(self):
-        """Return when the device has nothing left to do."""
-        wait_for(self.device)
+    def mark_step(self):
+        """Mark the end of a step, for compilers that compile a step as one program."""
 
     # agreement
 
     def mean(self, numbers):
         """The mean over all processes, as a list."""
-        return numbers.tolist()
+        numbers = numbers.cpu()
+        if self.world > 1:
+            dist.all_reduce(numbers)
+        return (numbers / self.world).tolist()
 
     def maximum(self, number, group=None):
-        """The largest of all processes' whole numbers."""
+        """The largest of all processes' integers."""
         number = torch.tensor(int(number))
         if self.world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
@@ -604,18 +743,28 @@ class Runtime:
         """Whether `flag` is true in any process."""
         return bool(self.maximum(flag))
 
-    def same(self, *values):
-        """Whether all processes have the same values."""
-        number = int(digest(*values)[:15], 16)
-        return self.maximum(number) == -self.maximum(-number)
+    def barrier(self):
+        """Wait for all processes, for days if need be."""
+        self.maximum(0, self.slow_group if self.world > 1 else None)
 
-    def meet(self):
-        """Wait for all processes: for days, if it must be, where an exchange between devices would give up."""
-        self.maximum(0, self.patient)
+    def check_same(self, *values):
+        """UserError if the processes do not all have the same values."""
+        number = int(digest(*values)[:15], 16)
+        if self.maximum(number) != -self.maximum(-number):
+            raise UserError("the processes do not have the same flags, data, precision or checkpoint: start all with "
+                            "the same command line, and with --out on a disk that all of them see")
 
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
+
+    def progress_bar(self, steps, start):
+        return tqdm(total=steps, initial=start, unit="step", disable=self.rank > 0,
+                    mininterval=0.5 if sys.stderr.isatty() else 15)
+
+    def to_cpu(self, state):
+        """The state on the CPU, in the process that writes it. On XLA, all processes take part in the copy."""
+        return to_cpu(state) if self.rank == 0 or self.device.type == "xla" else {}
 
     @contextlib.contextmanager
     def catching_signals(self):
@@ -633,130 +782,75 @@ class Runtime:
                 signal.signal(number, before[number])
 
 
-class TorchrunRuntime(Runtime):
-    """One process a device, started by torchrun on one or several machines. DDP averages the gradients."""
-
-    variables = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-
-    def __init__(self, cfg):
-        if missing := [name for name in self.variables if name not in os.environ]:
-            raise UserError(f"the environment looks like torchrun's, but lacks {', '.join(missing)}: start by "
-                            f"torchrun, or unset {', '.join(self.variables)}")
-        self.rank, self.world, self.local_rank, self.here = (int(os.environ[name]) for name in self.variables)
-        self.shares, self.launcher = self.world, f"torchrun --nproc_per_node={self.here}"
-        super().__init__(cfg)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-
-    def close(self):
-        self.meet()
-        dist.destroy_process_group()
-
-    def open_device(self, name):
-        if name not in ("auto", "cuda", "cpu"):
-            raise UserError(f"--device {name} is one device: under torchrun take auto, cuda or cpu")
-        if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-            return torch.device("cpu")
-        if 0 < torch.cuda.device_count() < self.here:
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: let torchrun start one process for "
-                            f"each, by --nproc_per_node={torch.cuda.device_count()}")
-        return pick_device(f"cuda:{self.local_rank}")
-
-    def parallel(self, model):
-        self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        return self.ddp
-
-    def accumulating(self, last):
-        return contextlib.nullcontext() if last else self.ddp.no_sync()
-
-    def mean(self, numbers):
-        numbers = numbers.cpu()
-        dist.all_reduce(numbers)
-        return (numbers / self.world).tolist()
-
-
 class XLARuntime(Runtime):
-    """One process a machine for all its TPU chips. The program is that of the global batch; torch_xla's SPMD divides
-    the batch over the chips of all machines, and the compiler adds the exchange."""
+    """One process per machine for all its TPU chips. The program is that of the global batch: torch_xla's SPMD splits
+    the batch over the chips of all machines, and the compiler adds the communication."""
 
-    def __init__(self, cfg):
-        if "RANK" in os.environ:                                    # its processes would all believe to be rank 0 of 1
+    def find_devices(self, cfg):
+        if "RANK" in os.environ:                                    # each process would believe to be rank 0 of 1
             raise UserError("--device xla drives all chips of a machine from one process: start it without torchrun")
         if cfg.compile:
-            raise UserError("--device xla compiles by itself: take --no-compile")
+            raise UserError("--device xla compiles by itself: use --no-compile")
         try:
             import torch_xla
             import torch_xla.backends
             import torch_xla.distributed.spmd as spmd
             import torch_xla.runtime as xr
             import torch_xla.utils.checkpoint
-            from torch_xla.core.xla_model import send_cpu_data_to_device, wait_device_ops
-        except ImportError as error:
-            raise UserError(f"--device xla needs torch_xla ({error}): pip install -e '.[tpu]', or take --device auto"
-                            ) from None
-        try:
+            from torch_xla.core.xla_model import send_cpu_data_to_device
+
             xr.use_spmd()                                           # before anything touches a device
-            self.mesh, self.shares = spmd.get_1d_mesh("data"), xr.global_runtime_device_count()
-        except RuntimeError as error:
-            raise UserError(f"torch_xla finds no device ({str(error)[:200]}): see to PJRT_DEVICE") from None
-        self.rank, self.world, self.on_tpu = xr.process_index(), xr.process_count(), xr.device_type() == "TPU"
+            self.mesh, self.devices = spmd.get_1d_mesh("data"), xr.global_runtime_device_count()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"--device xla needs torch_xla and a device ({str(error)[:200]}): pip install -e '.[tpu]' "
+                            "and set PJRT_DEVICE, or use --device auto") from None
         self.torch_xla, self.spmd, self.send = torch_xla, spmd, send_cpu_data_to_device
-        self.wait_device_ops = wait_device_ops
         self.checkpoint = torch_xla.utils.checkpoint.checkpoint     # torch's own cannot run there
-        super().__init__(cfg)
-        self.kind = f"xla ({xr.device_type()})"
+        self.rank, self.world, self.local_rank = xr.process_index(), xr.process_count(), 0
+        self.on_tpu, self.kind, self.launcher = xr.device_type() == "TPU", f"xla ({xr.device_type()})", "python"
+        self.device = torch_xla.device()
+        # for work of one process alone: on the XLA device, all machines must run the same programs
+        self.own_device = self.device if self.world == 1 else torch.device("cpu")
+
+    def connect(self):
         if self.on_tpu and self.dtype == torch.float32:
-            torch_xla.backends.set_mat_mul_precision("highest")     # it would multiply in bfloat16 otherwise
+            self.torch_xla.backends.set_mat_mul_precision("highest")              # the default multiplies in bfloat16
         if self.world > 1:
-            self.own_device = torch.device("cpu")                   # on the other, all machines run the same programs
-            import torch_xla.distributed.xla_backend  # noqa: F401  (which registers xla://)
+            import torch_xla.distributed.xla_backend  # noqa: F401  (registers xla://)
 
             dist.init_process_group("gloo", init_method="xla://")
-            self.patient = dist.new_group(timeout=datetime.timedelta(days=7))
+            self.slow_group = dist.new_group(timeout=datetime.timedelta(days=7))
 
-    def open_device(self, name):
-        return self.torch_xla.device()
-
-    def natural_dtype(self):
-        return torch.bfloat16 if self.on_tpu else torch.float32
-
-    def formulas(self):
+    def replaced_forwards(self):
         return {nn.LayerNorm: layer_norm}
 
-    # What changes from step to step is a tensor of one axis there. A plain number that happens to equal another one in
-    # the step is merged with it, and that is another program to compile: at step 8, 1 - decay and the loss's 0.5.
+    # On XLA, values that change every step must be 1-d tensors. XLA merges equal Python numbers, so when two of them
+    # coincide (at step 8, 1 - decay and the loss's 0.5) it compiles a second program.
 
     def optimizer(self, parameters, **kwargs):
         return torch.optim.AdamW(parameters, capturable=True, **kwargs)
 
     @torch.no_grad()
-    def average(self, ema, parameters, decay):
+    def update_ema(self, ema, parameters, decay):
         weight = torch.tensor([1 - decay]).to(self.device)
-        for averaged, parameter in zip(ema, parameters, strict=True):
-            averaged.lerp_(parameter, weight)
+        for average, parameter in zip(ema, parameters, strict=True):
+            average.lerp_(parameter, weight)
 
-    def put(self, tensors):
+    def to_device(self, tensors):
         return [self.send(tensor, self.device, self.spmd.ShardingSpec(
             self.mesh, ("data",) + (None,) * (tensor.dim() - 1), minibatch=True))[0] for tensor in tensors]
 
-    def finish_step(self):
+    def mark_step(self):
         self.torch_xla.sync()
-
-    def wait(self):
-        self.torch_xla.sync()
-        self.wait_device_ops()
 
 
 def attention(module, x):                                           # (N, T, D)
-    """dit.Attention by its formula. On CPUs the backward pass of torch's own is several times slower in bfloat16."""
+    """dit.Attention by its formula. On CPUs, the backward pass of torch's own is several times slower in bfloat16."""
     N, T, D = x.shape
     qkv = module.qkv(x).view(N, T, 3, module.num_heads, -1)         # (N, T, 3, h, D/h)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (N, h, T, D/h) each
-    weights = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).softmax(-1)          # (N, h, T, T)
-    x = weights @ v                                                 # (N, h, T, D/h)
-    return module.proj(x.transpose(1, 2).reshape(N, T, D))          # (N, T, D)
+    weights = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).softmax(-1)            # (N, h, T, T)
+    return module.proj((weights @ v).transpose(1, 2).reshape(N, T, D))            # (N, T, D)
 
 
 def layer_norm(norm, x):
@@ -767,347 +861,98 @@ def layer_norm(norm, x):
 
 
 def open_runtime(cfg):
-    """The Runtime that --device and the environment ask for."""
-    if cfg.device == "xla":
-        return XLARuntime(cfg)
-    return TorchrunRuntime(cfg) if os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"} else Runtime(cfg)
+    return XLARuntime(cfg) if cfg.device == "xla" else Runtime(cfg)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run leaves behind
+# Command line ---------------------------------------------------------------------------------------------------------
+
+# The flags that --resume lets change: it stays the same run. What --data and --vae hold is compared later.
+MAY_CHANGE = {"data", "vae", "steps", "accum", "device", "dtype", "compile", "grad_checkpoint", "log_every",
+              "ckpt_every", "sample_every", "cfg_scale", "cache"}
 
 
-def to_cpu(state):
-    """A state dict with all its tensors on the CPU."""
-    if isinstance(state, dict):
-        return {key: to_cpu(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [to_cpu(value) for value in state]
-    return state.detach().cpu() if torch.is_tensor(state) else state
+def parse_args(argv):
+    """The Config of a command line: defaults < preset < --model < explicit flags. On --resume: the checkpoint's."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        is_bool = field.type in (bool, bool | None)
+        kind = (dict(action=argparse.BooleanOptionalAction) if is_bool else
+                dict(type=field.metadata["type"] or field.type, choices=field.metadata["choices"]))
+        default = PRESETS["shapes"].get(field.name, field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=field.metadata["help"] + ("" if default in ("", None) else f" (shapes: {default})"))
+    flags = vars(parser.parse_args(argv))
+    if flags.get("data") not in (None, "", "shapes", "cifar10"):
+        flags["data"] = os.path.abspath(flags["data"])              # a resumed run finds it from any folder
+    if os.path.exists(flags.get("vae", "")):
+        flags["vae"] = os.path.abspath(flags["vae"])
+    if "resume" in flags:
+        return resumed_config(flags)
+
+    preset = flags.get("preset", "shapes")
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
+    sizes = DiT_models.get(flags.get("model", PRESETS[preset].get("model")))
+    cfg = Config(**PRESETS[preset] | (sizes.keywords if sizes else {}) | flags)
+    if sizes and any(getattr(cfg, name) != size for name, size in sizes.keywords.items()):
+        cfg.model = ""                                              # an explicit size makes it another model
+    cfg.out = cfg.out or f"runs/{preset if cfg.data == PRESETS[preset]['data'] else Path(cfg.data).name}"
+    check(cfg)
+    if (Path(cfg.out) / "ckpt.pt").exists():
+        raise UserError(f"{cfg.out} already holds a run: continue it with --resume {shlex.quote(cfg.out)}, or choose "
+                        "another folder with --out")
+    return cfg
 
 
-class Folder:
-    """The folder of a run that starts, or goes on, after `step`: config.json, log.csv, ckpt.pt, samples.
-
-    Every file is replaced at once and only by a whole one. log.csv has a row a logged step, numbers exact; rows after
-    `step`, of a run that was cut off, are cut off too, and so are its pictures.
-    """
-    columns = ["step", "loss", "mse", "vb", "grad_norm", "images_per_sec"]
-
-    def __init__(self, cfg, step):
-        self.out = Path(cfg.out)
-        try:
-            (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            for picture in (self.out / "samples").glob("[0-9]" * 6 + ".png*"):
-                if int(picture.name[:6]) > step:
-                    picture.unlink()
-            with replacing(self.out / "config.json", "w") as file:
-                file.write(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-            log = self.out / "log.csv"
-            lines = log.read_text(errors="replace").splitlines()[1:] if step and log.exists() else []
-            rows = [line.split(",") for line in lines]              # of which a killed run may have left but a part
-            with replacing(log, "w", newline="") as file:
-                csv.writer(file).writerows([self.columns] + [row for row in rows if len(row) == len(
-                    self.columns) and row[0].isdecimal() and int(row[0]) <= step])
-            self.log = open(log, "a", newline="")
-        except OSError as error:
-            raise UserError(f"cannot write into {self.out} ({error.strerror}): name another folder by --out") from None
-
-    def row(self, *values):
-        """A row of log.csv."""
-        try:
-            csv.writer(self.log).writerow(map(repr, values))
-            self.log.flush()
-        except OSError as error:
-            raise self.broken("log.csv", error) from None
-
-    def save(self, state):
-        """ckpt.pt, and with it the rows before it."""
-        try:
-            os.fsync(self.log.fileno())
-            with replacing(self.out / "ckpt.pt") as file:
-                torch.save(state, file)
-        except (OSError, RuntimeError) as error:                    # torch wraps some of the former in the latter
-            raise self.broken("ckpt.pt", error) from None
-
-    def picture(self, step, image):
-        try:
-            with replacing(self.out / "samples" / f"{step:06d}.png") as file:
-                image.save(file, format="png")
-        except OSError as error:
-            raise self.broken("a picture", error) from None
-
-    def broken(self, what, error):
-        return UserError(f"cannot write {what} into {self.out} ({error}). Make room; {what_is_left(self.out)}")
+def resumed_config(flags):
+    """The Config of the run in the folder flags["resume"], with the flags that may change."""
+    folder = str(Path(flags.pop("resume").removesuffix("ckpt.pt")))               # its ckpt.pt may be named, too
+    saved = load_checkpoint(Path(folder) / "ckpt.pt", check=False)  # only its settings are read here
+    if saved["config"].get("format") != FORMAT:
+        raise UserError(f"{folder} is a run of an older version, which drew other random numbers: finish it with that "
+                        f"version, or start a new run from its weights with --init {shlex.quote(folder)} --out NEW")
+    config = {field.name: saved["config"][field.name] for field in dataclasses.fields(Config)}
+    latents_or_pixels = {"vae"} if not flags.get("vae") or not config["vae"] else set()
+    different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
+                 if name not in MAY_CHANGE - latents_or_pixels and value != config[name]]
+    if different:
+        raise UserError(f"{folder} is another run than {', '.join(different)}: leave that out, or start a new run with "
+                        "--out")
+    cfg = Config(**config | flags | dict(out=folder, resume=folder))
+    check(cfg)
+    if cfg.steps <= saved["step"]:
+        raise UserError(f"{folder} has done {saved['step']} steps: ask for more with --steps")
+    return cfg
 
 
-class NoFolder:
-    """The Folder of the processes that leave nothing."""
-
-    def row(self, *values):
-        pass
-
-    def save(self, state):
-        pass
-
-    def picture(self, step, image):
-        pass
-
-
-def what_is_left(out):
-    """How to go on after a run has broken off."""
-    if (Path(out) / "ckpt.pt").exists():
-        return f"the last checkpoint is as it was: go on by --resume {shlex.quote(str(out))}"
-    return "no checkpoint had been written: start again"
-
-
-def sample_grid(cfg, rt, ema, space, class_names):
-    """A picture of guided samples, a row a class, the same noise every time.
-
-    All processes make it, though one writes it: so none waits long, and the machines of a pod run the same programs.
-    """
-    labels = [c for c in parse_classes(None, class_names) for _ in range(8)]
-    images = sample_images(ema, labels, steps=25, sampler="ddim", cfg_scale=default_guidance(dataclasses.asdict(cfg)),
-                           clip_denoised=not cfg.vae, on_step=lambda *_: rt.finish_step())
-    return grid_image(to_uint8(space.decode(images)), 8)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop (Sec. 4, Training)
-
-
-class Diverged(UserError):
-    """The loss is no number any more."""
-    status = 3
-
-
-class Deserted(UserError):
-    """Another process of the run has ended."""
-    status = 1
-
-
-def announce(cfg, rt, model, source, space, images):
-    """What will be run, in a line; and what may surprise."""
-    n, classes = len(images), len(source.class_names)
-    devices = f"{rt.shares} x {rt.kind}" if rt.shares > 1 else rt.kind
-    rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
-           f"{n} images, {classes} classes, {cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, "
-           f"{str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
-    if 0 < cfg.lr_decay_steps < cfg.steps:
-        rt.say(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0: nothing is learned")
-    if cfg.vae and not 0.5 < (spread := space.spread(images)) < 2:
-        rt.say(f"note: the latents' standard deviation is {spread:.2f}, far from 1: is --vae Stable Diffusion's?")
-
-
-def farewell(out):
-    """What is there now, and what to try next."""
-    command = f"  python sample.py {shlex.quote(out + '/ckpt.pt')}"
-    return (f"done: {out}/ckpt.pt, {out}/log.csv, {out}/samples. Look at more:\n"
-            f"{command}\n{command} --classes 0 --cfg-scale 1 --gif film.gif")
-
-
-def progress_bar(rt, steps, start):
-    return tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15,
-                disable=rt.rank > 0)
-
-
-def open_data(cfg, rt, run):
-    """(source, space) of --data and --vae; `run`: the state of the run to go on with, if any. UserError if it was
-    trained on other images."""
-    source, space = open_source(cfg), Latents(cfg, rt) if cfg.vae else Pixels(cfg)
-    if run and run["config"].get("data_digest") not in (None, data_digest(source, space)):
-        vae = f", or --vae {cfg.vae} is not the VAE," if cfg.vae else ""
-        raise UserError(f"--data {cfg.data} does not hold the images{vae} that {cfg.out} was trained on: bring them "
-                        "back, or start anew by --out")
-    return source, space
-
-
-def data_digest(source, space):
-    return digest(source.identity, source.class_names, *space.identity)
-
-
-class Training:
-    """What a step changes: the weights, their average (EMA), and AdamW's moments."""
-
-    def __init__(self, cfg, rt, num_classes):
-        torch.manual_seed(cfg.seed)
-        self.original = DiT(**model_args(cfg, num_classes))
-        self.ema = copy.deepcopy(self.original).to(rt.device).requires_grad_(False)
-        self.model = rt.prepare(self.original.to(rt.device))        # what is called; its weights are the original's
-        self.opt = rt.optimizer(self.original.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
-
-    def start_from(self, path):
-        """Take the averaged weights of a checkpoint; another number of classes takes a new label table."""
-        table, state = "y_embedder.embedding_table.weight", load_checkpoint(path)["ema"]
-        own = self.original.state_dict()[table]
-        other = table in state and len(state[table]) != len(own)
-        fit(path, self.original, state | ({table: own} if other else {}), whose="the flags describe (see --model)")
-        self.ema.load_state_dict(self.original.state_dict())
-        return "all but the label table" if other else "all weights"
-
-    def state(self):
-        return dict(model=self.original.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict())
-
-    def load(self, state):
-        self.original.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        moments = dict(state=state["opt"]["state"], param_groups=self.opt.state_dict()["param_groups"])
-        self.opt.load_state_dict(moments)                           # a group's settings are the device's and cfg's
-
-
-def train_step(cfg, rt, training, diffusion, batch, step):
-    """One optimizer step on this process's share of the batch and one of the averaged weights.
-
-    (loss, mse, vb, grad_norm), on the device: the first three are means over the share, the last is the global one.
-    """
-    opt, parameters = training.opt, list(training.original.parameters())
-    totals = 0
-    for k, part in enumerate(zip(*(tensor.chunk(cfg.accum) for tensor in batch), strict=True), start=1):
-        x, y, t, noise, drop = rt.put(part)
-        with rt.accumulating(last=k == cfg.accum):
-            with rt.autocast():
-                x_start = x / 127.5 - 1 if x.dtype == torch.uint8 else x
-                losses = diffusion.training_losses(training.model, x_start, t, noise, y=y, drop=drop)
-            means = torch.stack([losses[name].mean() for name in ("loss", "mse", "vb")]) / cfg.accum
-            means[0].backward()
-        totals = totals + means.detach()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    for group in opt.param_groups:
-        group["lr"] = cfg.lr * max(0.0, 1 - (step - 1) / cfg.lr_decay_steps) if cfg.lr_decay_steps else cfg.lr
-    opt.step()
-    opt.zero_grad()
-    decay = min(cfg.ema_decay, (1 + step) / (10 + step))            # early on, the average forgets the initialisation
-    rt.average(training.ema.parameters(), parameters, decay)
-    return torch.cat([totals, grad_norm[None]])
-
-
-def batches(cfg, rt, images, labels, start):
-    """(step, batch) of each step after `start`, drawn by a thread while the device is at the step before."""
-    def draw(step):
-        return rt.pin(draw_batch(cfg, images, labels, step, rt.share(cfg.batch_size)))
-
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(draw, start + 1)
-        for step in range(start + 1, cfg.steps + 1):
-            batch = ahead.result()
-            if step < cfg.steps:
-                ahead = thread.submit(draw, step + 1)
-            yield step, batch
-
-
-def train(cfg, rt):
-    """The run that cfg describes, from its start or its checkpoint, until its last step or a signal."""
-    saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", check=rt.local_rank == 0) if cfg.resume else None
-    source, space = open_data(cfg, rt, saved)
-    training, diffusion, start = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device), 0
-    if saved:
-        training.load(saved)
-        start = saved["step"]
-        del saved
-    elif cfg.init:
-        rt.say(f"{training.start_from(cfg.init)} taken from {cfg.init}")
-    images, labels = prepare_data(cfg, rt, source, space)
-    rt.meet()                                                       # which may take some machines longer
-    places = dict(data="", vae="", cache="", resume="")             # which may differ, if what is there does not
-    if not rt.same(start, data_digest(source, space), rt.dtype, dataclasses.asdict(cfg) | places):
-        raise UserError("the processes do not have the same flags, data, precision or checkpoint: start all by the "
-                        "same command line, with --out on a disk that all of them see")
-    folder = Folder(cfg, start) if rt.rank == 0 else NoFolder()
-    announce(cfg, rt, training.original, source, space, images)
-
-    finite = torch.ones((), dtype=torch.bool, device=rt.device)
-    logged, clock = start, time.perf_counter()
-    with rt.catching_signals(), progress_bar(rt, cfg.steps, start) as bar:
-        for step, batch in batches(cfg, rt, images, labels, start):
-            numbers = train_step(cfg, rt, training, diffusion, batch, step)
-            finite &= numbers.isfinite().all()                      # a gradient may overflow before the loss does
-            rt.finish_step()
-            bar.update()
-            stop, last = rt.any(rt.stop), step == cfg.steps
-            log_due, sample_due, save_due = (every > 0 and (last or step % every == 0)
-                                             for every in (cfg.log_every, cfg.sample_every, cfg.ckpt_every))
-            if not (log_due or sample_due or save_due or last or stop):
-                continue                                            # without waiting for the device
-            if rt.any(not finite):
-                raise Diverged(f"loss or gradient is no number at step {step} or shortly before; no file was touched"
-                               f" since. Start anew with a lower --lr than {cfg.lr}, or with --dtype fp32")
-            now = time.perf_counter()
-            if log_due:
-                numbers, rate = rt.mean(numbers), (step - logged) * cfg.batch_size / (now - clock)
-                folder.row(step, *numbers, rate)
-                bar.set_postfix_str(f"loss {numbers[0]:.4f}, {rate:.0f} images/s", refresh=False)
-                logged, clock = step, now
-            if sample_due and (last or not stop):                   # before the save: after a crash both are made again
-                folder.picture(step, sample_grid(cfg, rt, training.ema, space, source.class_names))
-            if save_due or last or stop:
-                config = dict(dataclasses.asdict(cfg), data_digest=data_digest(source, space), **space.constants)
-                folder.save(to_cpu(dict(training.state(), step=step, config=config, class_names=source.class_names,
-                                        model_args=model_args(cfg, len(source.class_names)))))
-                rt.meet()                                           # the one who writes may take long
-            if stop and not last:
-                rt.say(f"stopped and saved at step {step}; go on with: {rt.launcher} train.py --resume "
-                       f"{shlex.quote(cfg.out)}")
-                return
-            clock += time.perf_counter() - now                      # pictures and checkpoints are not training
-    rt.say(farewell(cfg.out))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# --bench
-
-
-def made_up(cfg):
-    """(images, labels) of random latents or pixels, of 1000 classes, in the form that the loop takes them."""
-    rng, side = np.random.default_rng(0), model_args(cfg, 1000)["input_size"]
-    labels = rng.integers(1000, size=64)
-    if cfg.vae:
-        return rng.random((64, 2, 8, side, side), dtype=np.float32).astype(np.float16), labels
-    return rng.integers(256, size=(64, 3, side, side), dtype=np.uint8), labels
-
-
-def bench(cfg, rt, warm=3):
-    """Time cfg.steps steps of the loop, after some to get warm, and say what share of the device's matrix rate that is.
-    The flops of a step are those of three forward passes (Sec. 5, Figure 9); what is recomputed does not count."""
-    if cfg.data:
-        source, space = open_data(cfg, rt, None)
-        images, labels = prepare_data(cfg, rt, source, space)
-        rt.meet()
-        classes = len(source.class_names)
-    else:
-        (images, labels), classes = made_up(cfg), 1000
-    training, diffusion = Training(cfg, rt, classes), GaussianDiffusion().to(rt.device)
-    rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {cfg.image_size} pixels{' as latents' * bool(cfg.vae)}; batch "
-           f"{cfg.batch_size}{f' in {cfg.accum} parts' * (cfg.accum > 1)}; {rt.shares} x {rt.kind}, "
-           f"{str(rt.dtype).removeprefix('torch.')}{', compiled' * rt.compile}{', checkpointing' * rt.grad_checkpoint}")
-    times = []
-    longer = dataclasses.replace(cfg, steps=warm + cfg.steps)
-    began = time.perf_counter()
-    for step, batch in batches(longer, rt, images, labels, 0):
-        train_step(cfg, rt, training, diffusion, batch, step)
-        rt.finish_step()
-        rt.any(rt.stop)
-        rt.wait()                                                   # the loop itself waits when it logs only
-        now = time.perf_counter()
-        times.append(now - began)
-        began = now
-    peak, flops = peak_memory(rt.device), 3 * cfg.batch_size * forward_flops(model_args(cfg, classes)) / rt.shares
-    rt.say(speed(cfg.batch_size, times[warm:], flops, peak, matrix_rate(rt.device, rt.dtype, rt.wait)))
+def check(cfg):
+    """UserError for settings that do not fit together, before anything is read or written."""
+    if not cfg.data:
+        raise UserError("say which images: --data FOLDER, with one folder per class")
+    if cfg.vae and cfg.image_size % 8:
+        raise UserError(f"--image-size {cfg.image_size} is not divisible by 8, the VAE's reduction")
+    try:
+        with torch.device("meta"):
+            DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    existing = next(path for path in [Path(cfg.out), *Path(cfg.out).absolute().parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write into {cfg.out}: choose another folder with --out")
 
 
 def main(argv):
     cfg = parse_args(argv)
     rt = open_runtime(cfg)
-    exit_on_sigterm()                                               # only now: no handler can run while that waits
     try:
-        with limits_told("raise --accum, or take --grad-checkpoint or a smaller --batch-size"):
-            (bench if cfg.bench else train)(cfg, rt)
-            rt.close()
+        train(cfg, rt)
+        rt.close()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise Deserted(f"another process of this run has ended, and its message says why; {what_is_left(cfg.out)}"
-                           ) from None
+            raise UserError("another process of this run has ended, and its own message says why. Continue with "
+                            f"--resume {cfg.out} if that has a ckpt.pt, else start again", status=1) from None
         raise
 
 
 if __name__ == "__main__":
-    run(main)
+    sample.run(main, less_memory="raise --accum, use --grad-checkpoint, or lower --batch-size")
