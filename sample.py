@@ -382,7 +382,7 @@ def parse_args(argv):
         raise UserError("--labels and torchrun are for sets: say how many images with --num-samples")
     args.out = args.out or "samples.png"
     for path, endings in [(args.out, (".png", ".jpg")), (args.gif, (".gif",))]:
-        if path and (not path.endswith(endings) or Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+        if path and (not path.endswith(endings) or Path(path).is_dir() or not os.access(f"{Path(path).parent}/", os.W_OK)):
             raise UserError(f"cannot write {path}: name a {' or '.join(endings)} file in a folder that exists")
     return args
 
@@ -433,13 +433,12 @@ def make_grid(args, class_names, draw, to_picture, how):
     if args.gif and len(labels) > args.batch_size:
         raise UserError(f"--gif shows one batch: ask for fewer than {len(labels)} images, or raise --batch-size")
     film = Film(args.per_class, args.steps, to_picture=to_picture) if args.gif else None
-    images = []
-    for start in range(0, len(labels), args.batch_size):
-        batch = range(start, min(start + args.batch_size, len(labels)))
-        images.append(draw([labels[i] for i in batch], batch, on_step=film, progress=tqdm))
-    grid_image(torch.cat(images), args.per_class).save(args.out)
-    if film:
-        film.save(args.gif)
+    batches = [range(len(labels))[k:k + args.batch_size] for k in range(0, len(labels), args.batch_size)]
+    images = [draw([labels[i] for i in batch], batch, on_step=film, progress=tqdm) for batch in batches]
+    with writing(args.out):
+        grid_image(torch.cat(images), args.per_class).save(args.out)
+        if film:
+            film.save(args.gif)
     print(f"{args.out}: {len(labels)} images, one row per class ({', '.join(class_names[c] for c in classes)}); {how}, "
           f"seed {args.seed} (--seed for others)" + (f"; {args.gif}: x_t and the predicted x_0" if film else ""))
 

@@ -193,8 +193,9 @@ class Training:
     def load(self, state):
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        # only the moments: lr and the like are this run's, `fused` and the like this device's
-        self.opt.load_state_dict(dict(state["opt"], param_groups=self.opt.state_dict()["param_groups"]))
+        # the moments, copied out of the file; lr and the like are this run's, `fused` and the like this device's
+        moments = dict(state["opt"], param_groups=self.opt.state_dict()["param_groups"])
+        self.opt.load_state_dict(copy.deepcopy(moments))
 
 
 def learning_rate(cfg, step):
@@ -292,7 +293,7 @@ def train(cfg, rt):
                               f"{shlex.quote(cfg.out)}")
             clock += time.perf_counter() - now                      # checkpoints and pictures are not training
     rt.say(f"done: {cfg.out}/ckpt.pt, {cfg.out}/log.csv, {cfg.out}/samples. Draw more images with:\n"
-           f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')} --cfg-scale {cfg.cfg_scale:g}")
+           f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')} --seed 1")
 
 
 def steps_done(cfg, rt, training, about):
