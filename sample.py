@@ -382,7 +382,8 @@ def parse_args(argv):
         raise UserError("--labels and torchrun are for sets: say how many images with --num-samples")
     args.out = args.out or "samples.png"
     for path, endings in [(args.out, (".png", ".jpg")), (args.gif, (".gif",))]:
-        if path and (not path.endswith(endings) or Path(path).is_dir() or not os.access(f"{Path(path).parent}/", os.W_OK)):
+        if path and (not path.endswith(endings) or os.path.isdir(path)
+                     or not os.access(f"{Path(path).parent}/", os.W_OK)):
             raise UserError(f"cannot write {path}: name a {' or '.join(endings)} file in a folder that exists")
     return args
 

@@ -1,7 +1,4 @@
-"""What the tests in this folder share: pictures, a small VAE, small models, and runs of train.py.
-
-The models are so small that a run takes a second. Nothing is downloaded.
-"""
+"""What the tests in this folder share: pictures, a VAE, models so small that a run takes a second, and such runs."""
 import contextlib
 import csv
 import io
@@ -20,18 +17,14 @@ import sample
 import train
 from dit import DiT
 
+os.environ["HF_HUB_OFFLINE"] = "1"                          # no test needs a network
 ROOT = Path(__file__).parent.parent
 DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
-
-# A run of six steps of a small model on small pictures.
+LATENT = "--image-size 32 --vae"                            # 4 x 4 x 4 latents; a VAE's folder follows
 TINY = ("--image-size 8 --patch-size 2 --hidden-size 32 --depth 2 --num-heads 4 --dtype fp32 --batch-size 8 --steps 6 "
         "--log-every 1 --ckpt-every 3 --sample-every 0")
-
-# The paper's rate, flips and label dropout, for runs that are compared. Another order of the same sums changes a loss
-# of 1 by less than 1e-5, which is some 80 roundings.
+# The paper's rate, flips and label dropout, for runs that are compared. The order of sums changes a loss by < 1e-5.
 RECIPE = "--steps 20 --lr 1e-4 --lr-decay-steps 0 --flip --label-drop 0.1 --ckpt-every 0"
-
-LATENT = "--image-size 32 --vae"                            # 4 x 4 x 4 latents; a VAE's folder follows
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +35,6 @@ def seeded():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# Small models and data ------------------------------------------------------------------------------------------------
 
 def tiny_dit(block="adaln-zero", **sizes):
     """A DiT of two blocks on 8 x 8 x 3 images and 5 classes. No weight is zero."""
@@ -57,8 +47,7 @@ def tiny_dit(block="adaln-zero", **sizes):
 
 def official_state(**sizes):
     """The weights of a small model as official files hold them."""
-    small = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=384, depth=1, num_heads=6)
-    return tiny_dit(**(small | sizes)).state_dict()
+    return tiny_dit(**dict(input_size=4, in_channels=4, hidden_size=384, depth=1, num_heads=6) | sizes).state_dict()
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
@@ -67,20 +56,18 @@ def pictures(tmp_path_factory):
     for c, name in enumerate(["ant", "bee", "cat"]):
         (root / name).mkdir()
         for i in range(8):
-            pixels = np.full((12, 20, 3), 60 * c + 5 * i, np.uint8)
-            pixels[:, :5] = 255
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
+            pixels = np.where(np.arange(20)[:, None] < 5, 255, np.full((12, 20, 3), 60 * c + 5 * i))
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
     return root
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
     """A small AutoencoderKL with random weights. Like Stable Diffusion's, it makes 4 channels of 1/8 of the size."""
-    from diffusers import AutoencoderKL
-
+    AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
     torch.manual_seed(5)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 4,
-                        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, norm_num_groups=4)
-    folder = tmp_path_factory.mktemp("vae")
+    vae, folder = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=["DownEncoderBlock2D"] * 4, norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4), tmp_path_factory.mktemp("vae")
     vae.save_pretrained(folder)
     return folder
 
@@ -90,9 +77,8 @@ def tiny_run(pictures, tmp_path_factory):
     run = Runs(pictures, tmp_path_factory.mktemp("tiny"))()
     state = run.state
     torch.manual_seed(3)
-    for name, tensor in state["ema"].items():
-        if name != "pos_embed":
-            tensor.normal_(std=0.1)
+    for name in state["ema"].keys() - {"pos_embed"}:
+        state["ema"][name] = torch.randn_like(state["ema"][name]) / 10
     torch.save(state, run.checkpoint)
     return run
 
@@ -102,9 +88,8 @@ def tiny_run(pictures, tmp_path_factory):
 class Run:
     """A run of train.py: its folder, what it has printed (.text), and its process if it has one of its own."""
 
-    def __init__(self, out, process=None):
-        self.out, self.process, self.text = Path(out), process, ""
-        self.checkpoint = self.out / "ckpt.pt"
+    def __init__(self, out, process=None, text=""):
+        self.out, self.checkpoint, self.process, self.text = Path(out), Path(out) / "ckpt.pt", process, text
 
     @property
     def state(self):
@@ -113,8 +98,7 @@ class Run:
     @property
     def losses(self):
         """The logged (loss, mse, vb, grad_norm), one row for each step from the first on."""
-        with open(self.out / "log.csv") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader((self.out / "log.csv").read_text().splitlines()))
         assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
         return np.array([[float(row[name]) for name in ("loss", "mse", "vb", "grad_norm")] for row in rows])
 
@@ -123,21 +107,16 @@ class Run:
 
     def is_like(self, other):
         """Whether both logs have the same numbers, up to rounding."""
-        ours, theirs = self.losses, other.losses
-        difference = np.abs(ours - theirs).max() if ours.shape == theirs.shape else np.inf
-        print(f"{self.out} and {other.out} differ by {difference}")               # pytest shows it with a failure
-        return difference < 1e-5
+        print(f"{self.out} and {other.out}: {self.losses - other.losses}")        # pytest shows it with a failure
+        return np.abs(self.losses - other.losses).max() < 1e-5
 
     def equals(self, other):
         """Whether step, weights, average, moments and log are the same to the bit."""
-        def tensors(state):
-            moments = {(i, k): m for i, both in state["opt"]["state"].items() for k, m in both.items()}
-            return state["model"] | {("ema", name): w for name, w in state["ema"].items()} | moments
-
-        states = [run.state for run in (self, other)]
-        ours, theirs = map(tensors, states)
-        return (states[0]["step"] == states[1]["step"] and np.array_equal(self.losses, other.losses)
-                and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours))
+        a, b = self.state, other.state
+        pairs = [(a["model"], b["model"]), (a["ema"], b["ema"]),
+                 *zip(a["opt"]["state"].values(), b["opt"]["state"].values(), strict=True)]
+        return (a["step"] == b["step"] and np.array_equal(self.losses, other.losses) and all(
+            x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in pairs))
 
     def wait(self, status=0, timeout=120):
         """Wait for the process to end with this exit status; None means any but 0. A process that hangs fails."""
@@ -145,9 +124,8 @@ class Run:
             self.text = self.process.communicate(timeout=timeout)[0]
         finally:
             self.process.kill()
-        assert (self.process.returncode != 0) if status is None else (self.process.returncode == status), self.text
+        assert self.process.returncode == status or (status is None and self.process.returncode), self.text
         return self
-
 
 class Runs:
     """Starts runs of train.py on the pictures, each in a folder of its own."""
@@ -162,19 +140,16 @@ class Runs:
             return resume.out, ["--resume", str(resume.out), *words]
         self.count += 1
         out = self.folder / f"run{self.count}"
-        paths = f"--data {self.pictures} --cache {self.cache} --out {out}"
-        return out, [*TINY.split(), *paths.split(), *words]
+        return out, [*f"{TINY} --data {self.pictures} --cache {self.cache} --out {out}".split(), *words]
 
     def command(self, script="train", processes=1, patch=""):
-        """The command that starts train.py or sample.py in real processes. The Python code `patch` runs before main
-        and finds the module as `it`."""
+        """The command that starts train.py or sample.py, after the Python code `patch`, which knows it as `it`."""
         self.count += 1
         path = self.folder / f"process{self.count}" / f"{script}.py"
         path.parent.mkdir()
-        path.write_text(f"import os, signal, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\n"
-                        f"import sample, {script} as it\n"
-                        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
-                        f"{patch}\nsample.run(it.main, less_memory='use less')\n")
+        start = (f"import os, signal, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport sample, {script} as it\n"
+                 "signal.signal(signal.SIGINT, signal.default_int_handler)\n")            # a background job ignores it
+        path.write_text(f"{start}{patch}\nsample.run(it.main, less_memory='use less')\n")
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return [sys.executable, *torchrun * (processes > 1), str(path)]
 
@@ -184,31 +159,24 @@ class Runs:
         devices = dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(xla)) if xla else {}
         return Run(out, popen([*self.command("train", processes, patch), *argv], self.folder, devices | (env or {})))
 
-    def __call__(self, *flags, processes=1, resume=None, xla=0, patch="", env=None, status=0, timeout=120):
-        """The finished Run: in this process, or in real ones for several processes, XLA, a patch or an environment."""
-        if processes > 1 or xla or patch or env:
-            started = self.start(*flags, processes=processes, resume=resume, xla=xla, patch=patch, env=env)
-            return started.wait(status, timeout)
-        out, argv = self.argv(*flags, resume=resume)
-        run, ended = Run(out), 0
+    def __call__(self, *flags, resume=None, status=0, timeout=120, **options):
+        """The finished Run: in this process, or in real ones with processes=2, xla=2, patch="code" or env=dict(...)."""
+        if any(options[name] for name in options if (name, options[name]) != ("processes", 1)):
+            return self.start(*flags, resume=resume, **options).wait(status, timeout)
+        (out, argv), ended = self.argv(*flags, resume=resume), 0
         with contextlib.redirect_stdout(io.StringIO()) as said:
             try:
                 train.main(argv)
             except sample.UserError as error:
-                if error.status != status:
-                    raise
-                ended = error.status
                 print(error)
-        assert ended == status
-        run.text = said.getvalue()
-        return run
+                ended = error.status
+        assert ended == status, said.getvalue()
+        return Run(out, text=said.getvalue())
 
-    def sample(self, *argv, processes=1, patch="", status=0, timeout=120):
+    def sample(self, *argv, processes=1, patch="", status=0):
         """What sample.py printed in so many real processes."""
-        words = shlex.split(" ".join(map(str, argv)))
-        process = popen([*self.command("sample", processes, patch), *words], self.folder)
-        return Run(self.folder, process).wait(status, timeout).text
-
+        command = self.command("sample", processes, patch) + shlex.split(" ".join(map(str, argv)))
+        return Run(self.folder, popen(command, self.folder)).wait(status).text
 
 def popen(command, folder, env=None):
     """The command in a process with one thread, whose stdout and stderr are one text."""
@@ -217,17 +185,16 @@ def popen(command, folder, env=None):
 
 @pytest.fixture
 def run(pictures, tmp_path):
-    """run("--steps 3") is a finished Run. See Runs for processes=2, resume=that_run, xla=2, patch="code", status=2."""
+    """run("--steps 3") is a finished Run. See Runs.__call__ for resume=that_run, processes=2, status=2 and more."""
     return Runs(pictures, tmp_path)
 
-def files(folder):
-    return {path for path in Path(folder).rglob("*") if path.is_file()}
+def full_disk(*args):
+    raise OSError("disk full")
 
 def refusal(main, *argv, folder=".", status=2):
-    """The message of the UserError in which main(argv) ends: one line, and no file is written into the folder."""
-    before = files(folder)
+    """The message of the UserError in which main(argv) ends: one line, and nothing new is in the folder."""
+    before = sorted(Path(folder).rglob("*"))
     with pytest.raises(sample.UserError) as error:
         main(shlex.split(" ".join(map(str, argv))))
-    message = str(error.value)
-    assert "\n" not in message and error.value.status == status and files(folder) == before, message
-    return message
+    assert "\n" not in str(error.value) and error.value.status == status and sorted(Path(folder).rglob("*")) == before
+    return str(error.value)
