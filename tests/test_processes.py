@@ -1,6 +1,5 @@
 """Real processes: many make the run of one, signals and deaths lose nothing, mistakes end in one line."""
 import inspect
-import os
 import re
 import signal
 import socket
