@@ -111,8 +111,8 @@ class Config:
 PRESETS = {
     # 10 classes of 16x16 colour images, drawn by this file. fp32: its matrices are too small for bf16 to pay on a CPU.
     "shapes": dict(data="shapes", image_size=16, patch_size=4, hidden_size=128, depth=4, num_heads=4, flip=False,
-                   steps=6000, batch_size=32, lr=4e-3, lr_decay_steps=6000, beta2=0.99, ema_decay=0.999, dtype="fp32",
-                   log_every=100, ckpt_every=1000, sample_every=500, cfg_scale=2.0),
+                   steps=3200, batch_size=64, lr=4e-3, lr_decay_steps=3200, beta2=0.99, ema_decay=0.999, dtype="fp32",
+                   log_every=50, ckpt_every=800, sample_every=400, cfg_scale=2.0),
     # CIFAR-10 in pixel space with the paper's recipe. 64 tokens, as DiT-S/4 has on 256-pixel latents.
     "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
                     ckpt_every=1000, sample_every=1000, cfg_scale=3.0),

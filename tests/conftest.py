@@ -26,7 +26,6 @@ TINY = ("--image-size 8 --patch-size 2 --hidden-size 32 --depth 2 --num-heads 4 
 # The paper's rate, flips and label dropout, for runs that are compared. The order of sums changes a loss by < 1e-5.
 RECIPE = "--steps 20 --lr 1e-4 --lr-decay-steps 0 --flip --label-drop 0.1 --ckpt-every 0"
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Fixed seeds, and one thread: on busy cores, two wait for each other many times as long."""

@@ -46,7 +46,6 @@ def killed_run(argv, place, count):
         setattr(owner, place, dying(getattr(owner, place)))
     train.main(argv)
 
-
 @pytest.mark.slow
 def test_killed_runs_end_like_one_that_was_not_killed(run):
     """Runs save at every step and are killed at random moments, a third of them inside the writing of a checkpoint or

@@ -24,20 +24,17 @@ it.main = lambda argv: [main([*argv, "--block", block, "--out", block]) for bloc
         assert run(RECIPE, "--block", block).is_like(Run(run.folder / block)), block
     assert text.count("done: ") == 4 and text.count("2 x cpu") == 4               # one process speaks
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes,flags", [(4, ""), (2, "--accum 2"), (4, "--accum 2"), (2, "--grad-checkpoint"),
                                              (2, "--compile --accum 2")])
 def test_many_processes_and_parts_make_the_run_of_one(processes, flags, run):
     assert run(RECIPE, flags, processes=processes).is_like(run(RECIPE))
 
-
 @pytest.mark.slow
 def test_a_run_continues_in_another_number_of_processes(run):
     whole, a, b = run(RECIPE), run(RECIPE, "--steps 10", processes=2), run(RECIPE, "--steps 10")
     assert run("--steps 20", resume=a).is_like(whole)
     assert run("--steps 20", resume=b, processes=2).is_like(whole)
-
 
 @pytest.mark.slow
 def test_two_machines_with_a_common_disk_make_the_run_of_one(run):
@@ -53,7 +50,6 @@ def test_two_machines_with_a_common_disk_make_the_run_of_one(run):
     assert sum(machine.wait().text.count("done: ") for machine in machines) == 1
     assert machines[0].is_like(run(RECIPE))
 
-
 @pytest.mark.slow
 def test_processes_share_the_encoding_and_train_on_the_same_latents(run, vae_folder):
     """Few parts are encoded twice: each process starts with its own share, then looks for what is missing."""
@@ -67,11 +63,9 @@ it.Latents.encode = counted"""
     assert min(counts) >= 1 and 12 <= sum(counts) <= 14, two.text
     assert two.is_like(run(RECIPE, LATENT, vae_folder))
 
-
 def test_the_loop_names_no_backend():
     source = "".join(map(inspect.getsource, (train.train, train.train_step, train.Training))).replace("to_cpu", "")
     assert not re.search(r"xla|tpu|cuda|mps|cpu|nccl|gloo|ddp|dist\.|isinstance|world", source, re.IGNORECASE)
-
 
 def test_attention_by_its_formula_is_dits():
     """In float64, with its gradient."""
@@ -80,7 +74,6 @@ def test_attention_by_its_formula_is_dits():
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     grads = [torch.autograd.grad(y, x, torch.ones_like(y).cumsum(1)) for y in (out, expected)]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
-
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_layer_norm_by_its_formula_is_torchs(affine):
@@ -110,12 +103,10 @@ def center_crop(*args):
 it.train_step, it.sample_grid, it.center_crop = train_step, sample_grid, center_crop
 """
 
-
 def signalled(processes, target, moment, name):
     """The arguments of a long run in which a signal is sent."""
     patch = SIGNALS.replace("TARGET", target).replace("MOMENT", moment).replace("SIGNAL", name)
     return dict(processes=processes, patch=patch, status=None if target != "itself" else 0, timeout=60)
-
 
 def test_sigterm_ends_the_step_saves_and_says_how_to_resume(run):
     started = run.start("--steps 10000000")
@@ -125,7 +116,6 @@ def test_sigterm_ends_the_step_saves_and_says_how_to_resume(run):
     started.process.send_signal(signal.SIGTERM)
     text = started.wait(timeout=60).text
     assert f"saved at step {started.state['step']}; resume with: python train.py --resume {started.out}" in text
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes,target,moment,name", [
@@ -140,7 +130,6 @@ def test_a_signal_to_any_process_stops_all_at_the_same_step(processes, target, m
     assert launcher == ("python train.py" if processes == 1 else "torchrun --nproc_per_node=2 train.py")
     run(f"--steps {step + 2} --sample-every 0", resume=stopped)
     assert stopped.is_like(run(RECIPE, f"--steps {step + 2}"))
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
@@ -161,7 +150,6 @@ def dies(cfg, rt, *args):
 it.train_step = dies"""
 LEAVES = "if os.environ['RANK'] == '1': it.prepare_data = lambda *args: sys.exit(7)"
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("patch,saved", [(DIES, 3), (LEAVES, None)])
 def test_when_one_process_dies_the_others_end(patch, saved, run):
@@ -172,15 +160,12 @@ def test_when_one_process_dies_the_others_end(patch, saved, run):
     assert told or re.search(r"exitcode +: (143|-15)", ended.text), ended.text    # or the launcher was faster
     assert ended.state["step"] == saved if saved else not ended.out.exists()
 
-
 @pytest.mark.slow
 def test_processes_with_other_settings_do_not_train_together(run):
     ended = run(processes=2, patch="sys.argv += ['--seed', os.environ['RANK']]", status=None)
     assert ended.text.count("do not have the same flags") == 2 and not ended.out.exists(), ended.text
 
-
 TORCHRUN = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
-
 
 @pytest.mark.parametrize("variables,flags,words", [
     (3, "--device xla", "without torchrun"), (3, "--device mps", "under torchrun"), (1, "", "WORLD_SIZE"),
@@ -192,12 +177,10 @@ def test_what_cannot_run_in_many_processes_is_refused(variables, flags, words, r
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     assert words in run(flags, status=2).text and not list(run.folder.iterdir())
 
-
 def test_commands_end_a_mistake_in_one_line_and_status_2(tmp_path):
     for script, argv in [("train.py", ["--preset", "mnist"]), ("sample.py", ["nothing.pt"])]:
         text = Run(tmp_path, popen([sys.executable, str(ROOT / script), *argv], tmp_path)).wait(status=2).text
         assert len(text.splitlines()) == 1 and text.startswith(script)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patch,flags,words", [

@@ -22,7 +22,6 @@ def counted(self):
 it.XLARuntime.mark_step = counted
 """
 
-
 def on_xla(run, devices, *flags, **kwargs):
     """(Run, programs compiled until each step, operations that XLA lacks, the largest program before and after
     optimization)."""
@@ -32,7 +31,6 @@ def on_xla(run, devices, *flags, **kwargs):
     programs = [max((path.read_text() for path in dump.glob(f"*{when}_optimizations.txt")), key=len)
                 for when in ("before", "after")]
     return finished, *json.loads((run.folder / "counts.json").read_text()), *programs
-
 
 @pytest.mark.parametrize("devices,flags", [
     (1, "--block adaln-zero"), (2, "--block in-context"), (2, "--block cross-attention --accum 2"),
@@ -46,7 +44,6 @@ def test_xla_makes_the_run_of_the_cpu_and_compiles_twice(devices, flags, run):
     assert f"num_partitions={devices}" in step or devices == 1
     assert "all-gather" not in step and ("all-reduce" in step) == (devices > 1)
 
-
 def test_a_checkpoint_goes_from_xla_to_a_machine_without_and_back(run):
     whole, b = run(RECIPE, "--sample-every 20"), run(RECIPE, "--steps 10")
     a, *_ = on_xla(run, 2, RECIPE, "--steps 10")
@@ -58,14 +55,12 @@ def test_a_checkpoint_goes_from_xla_to_a_machine_without_and_back(run):
     assert b.is_like(whole)
     assert np.abs(whole.picture(20) - b.picture(20)).max() <= 2 and b.picture(20).std() > 20
 
-
 @pytest.mark.parametrize("flags,tolerance,sign,times", [
     ("--grad-checkpoint", 1e-5, r" opt-barrier\(", 2), ("--dtype bf16", 1e-2, r"= bf16\[[\d,]*\]\S* dot\(", 12)])
 def test_xla_checkpoints_blocks_and_multiplies_in_bfloat16(flags, tolerance, sign, times, run):
     xla, _, _, program, _ = on_xla(run, 2, RECIPE, flags)
     assert len(re.findall(sign, program)) >= times
     assert np.abs(xla.losses - run(RECIPE).losses)[:, :3].max() < tolerance
-
 
 def test_xla_trains_on_the_latents_that_it_encodes(run, vae_folder):
     """The latents, the losses on them and the decoded grid are the CPU's."""
