@@ -168,12 +168,16 @@ def load_checkpoint(path, check=True):
 def download(url):
     """The path of a file in torch.hub's folder, which is downloaded on the first call."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.exists():
+        return path
     try:
-        if not path.exists():
-            with FileLock(f"{path}.lock"):                          # one of many processes downloads it
-                if not path.exists():
-                    torch.hub.download_url_to_file(url, path)
-    except OSError as error:
+        with FileLock(f"{path}.lock"):                              # one of many processes downloads it
+            if not path.exists():
+                torch.hub.download_url_to_file(url, f"{path}.part")
+                if not zipfile.is_zipfile(f"{path}.part"):          # torch.hub does not notice
+                    raise OSError("it broke off")
+                os.replace(f"{path}.part", path)
+    except Exception as error:                                      # a server or a proxy may answer anything
         raise UserError(f"cannot download {url} ({error}): download it by other means and give its path") from None
     return path
 
@@ -191,7 +195,6 @@ def official_checkpoint(path, state):
     class_names = [str(c) for c in range(classes)]
     if classes == 1000:
         from torchvision.models import ResNet50_Weights
-
         class_names = ResNet50_Weights.DEFAULT.meta["categories"]
     heads = {size.keywords["hidden_size"]: size.keywords["num_heads"] for size in DiT_models.values()}
     config = dict(cfg_scale=4.0, label_drop=0.1, **(dict(vae=VAE, scale=SCALE) if channels == 4 else {}))
@@ -520,20 +523,17 @@ def atomic_write(path, mode="wb", **kwargs):
 
 def pick_device(name):
     """torch.device for a name, or for auto: cuda, mps or cpu. Under torchrun, cuda is this process's own GPU."""
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    kinds = [kind for kind, here in available.items() if here]
+    kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = kinds[0] if name == "auto" else name
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError, NotImplementedError, ImportError):
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        device = None
-    if device is None or device.type not in kinds:
-        raise UserError(f"no device {name!r} here: use --device auto, or one of {', '.join(kinds)}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")                  # TF32: a picture may move by a grey level
-    return device
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")              # TF32: a picture may move by a grey level
+        if device.type in kinds:
+            return device
+    raise UserError(f"no device {name!r} here: use --device auto, or one of {', '.join(kinds)}")
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ class Config:
 PRESETS = {
     # 10 classes of 16x16 colour images, drawn by this file. fp32: its matrices are too small for bf16 to pay on a CPU.
     "shapes": dict(data="shapes", image_size=16, patch_size=4, hidden_size=128, depth=4, num_heads=4, flip=False,
-                   steps=3200, batch_size=64, lr=4e-3, lr_decay_steps=3200, beta2=0.99, ema_decay=0.999, dtype="fp32",
-                   log_every=50, ckpt_every=800, sample_every=400, cfg_scale=2.0),
+                   steps=3000, batch_size=64, lr=4e-3, lr_decay_steps=3000, beta2=0.99, ema_decay=0.999, dtype="fp32",
+                   log_every=50, ckpt_every=500, sample_every=500, cfg_scale=2.0),
     # CIFAR-10 in pixel space with the paper's recipe. 64 tokens, as DiT-S/4 has on 256-pixel latents.
     "cifar10": dict(data="cifar10", image_size=32, model="DiT-S/4", steps=100_000, batch_size=128, ema_decay=0.9995,
                     ckpt_every=1000, sample_every=1000, cfg_scale=3.0),
@@ -562,7 +562,7 @@ class Latents:
         return sample.decode(self.vae, x, SCALE)
 
 
-IMAGES_PER_PART, MOST_PARTS = 256, 500                              # each part is an open file
+IMAGES_PER_PART, MOST_PARTS = 256, 200                              # each part is an open file
 
 
 class Parts:
@@ -645,7 +645,8 @@ class Runtime:
         if known and cfg.device not in ("auto", "cuda", "cpu"):
             raise UserError(f"--device {cfg.device} is one device: under torchrun use auto, cuda or cpu")
         self.rank, self.world, self.local_rank = map(int, known or (0, 1, 0))
-        self.device = self.own_device = sample.pick_device(cfg.device)
+        one_each = known and cfg.device == "auto" and not torch.cuda.is_available()     # not one MPS for all
+        self.device = self.own_device = sample.pick_device("cpu" if one_each else cfg.device)
         self.devices, self.kind = self.world, self.device.type
         here = os.environ.get("LOCAL_WORLD_SIZE", self.world)
         self.launcher = f"torchrun --nproc_per_node={here}" if self.world > 1 else "python"
@@ -907,7 +908,7 @@ def parse_args(argv):
 
 def resumed_config(flags):
     """The Config of the run in the folder flags["resume"], with the flags that may change."""
-    folder = str(Path(flags.pop("resume").removesuffix("ckpt.pt")))               # its ckpt.pt may be named, too
+    folder = str(path.parent if (path := Path(flags.pop("resume"))).name == "ckpt.pt" else path)
     saved = load_checkpoint(Path(folder) / "ckpt.pt", check=False)  # only its settings are read here
     if saved["config"].get("format") != FORMAT:
         raise UserError(f"{folder} is a run of an older version, which drew other random numbers: finish it with that "

@@ -226,6 +226,8 @@ def time_training(args, flags, whose, how):
 def time_sampling(args, flags, whose, how):
     """The same of a sampler's steps, with guidance and without decoding. An image takes --steps of them."""
     asked = sample.parse_args(["--num-samples", "1", "--cfg-scale", "4", *flags])
+    if asked.steps < WARM + args.timed:
+        raise UserError(f"{asked.steps} sampling steps are fewer than {WARM} warm ones and --timed {args.timed}")
     device, world = sample.pick_device(asked.device), int(os.environ.get("WORLD_SIZE", 1))
     set_up(whose, how)
     sizes = (DiT_models[asked.checkpoint].keywords if asked.checkpoint in DiT_models

@@ -140,9 +140,9 @@ def test_a_part_appears_whole_or_not_at_all(cfg, monkeypatch):
         prepare(cfg)
     assert not path.exists() and np.array_equal(prepare(cfg)[0], before)
 
-def test_a_large_data_set_has_at_most_500_parts(cfg, monkeypatch):
+def test_a_large_data_set_has_at_most_200_parts(cfg, monkeypatch):
     """Each part is an open file."""
-    assert train.MOST_PARTS == 500
+    assert train.MOST_PARTS == 200
     monkeypatch.setattr(train, "MOST_PARTS", 3)
     assert len(prepare(cfg)[0]) == 24 and sorted(parts(cfg)) == names(0, 8, 16)
 

@@ -175,6 +175,15 @@ def test_a_download_that_fails_is_one_line_and_leaves_no_file(url, hub, monkeypa
         sample.load_model("DiT-XL/2-512")
     assert not [path for path in hub.iterdir() if path.suffix != ".lock"]
 
+def test_half_a_download_is_not_taken_for_the_file(hub, tmp_path):
+    whole = (tmp_path / "256.pt").read_bytes()
+    for content in (whole[:-1000], whole):
+        (tmp_path / "256.pt").write_bytes(content)
+        if content != whole:
+            with pytest.raises(sample.UserError, match="broke off"):
+                sample.load_model("DiT-XL/2-256")
+    sample.load_model("DiT-XL/2-256")
+
 
 # The VAE --------------------------------------------------------------------------------------------------------------
 
