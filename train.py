@@ -292,7 +292,7 @@ def train(cfg, rt):
                 return rt.say(f"stopped and saved at step {step}; resume with: {rt.launcher} train.py --resume "
                               f"{shlex.quote(cfg.out)}")
             clock += time.perf_counter() - now                      # checkpoints and pictures are not training
-    rt.say(f"done: {cfg.out}/ckpt.pt, {cfg.out}/log.csv, {cfg.out}/samples. Draw more images with:\n"
+    rt.say(f"done: {cfg.out} is complete. Draw more images with:\n"
            f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')} --seed 1")
 
 

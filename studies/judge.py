@@ -26,8 +26,13 @@ def real_shapes(numbers):
 
 def shape_classifier(images, labels):
     """A small convolutional network, trained for 1,500 steps: its guesses as a function of uint8 (N, 3, 16, 16)."""
-    layers = [layer for a, b, stride in [(3, 32, 1), (32, 64, 2), (64, 128, 2)]
-              for layer in (nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU())]
+    layers = []
+    for c_in, c_out, stride in [(3, 32, 1), (32, 64, 2), (64, 128, 2)]:
+        layers += [
+            nn.Conv2d(c_in, c_out, 3, stride, padding=1),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(),
+        ]
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 10))
     opt = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for _ in range(1500):
@@ -42,13 +47,17 @@ def shape_classifier(images, labels):
 def wilson(hits, n, z=1.96):
     """The 95 % interval of a share (Wilson's)."""
     p = hits / n
-    middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    middle = p + z * z / 2 / n
+    half = z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
+    scale = 1 + z * z / n
+    return (middle - half) / scale, (middle + half) / scale
 
 
 def distance(images, others):
     """Grey levels to the nearest of the others: root mean square over an image, median over the images."""
-    return torch.cdist(images.flatten(1).float(), others.flatten(1).float()).amin(1).median().item() / 768 ** 0.5
+    images, others = images.flatten(1).float(), others.flatten(1).float()
+    nearest = torch.cdist(images, others).amin(dim=1)
+    return nearest.median().item() / images.shape[1] ** 0.5
 
 
 def judge(checkpoint):
@@ -62,8 +71,14 @@ def judge(checkpoint):
     samples = sample.to_uint8(sample.sample_images(model, classes, steps=50, sampler="ddim", cfg_scale=2.0))
     recognized = (guess(samples) == classes).sum().item()
     low, high = wilson(recognized, 1000)
-    return dict(recognized=recognized, low=low, high=high, nearest=distance(samples, seen),
-                real=(guess(unseen) == unseen_classes).double().mean().item(), nearest_real=distance(unseen, seen))
+    return dict(
+        recognized=recognized,
+        low=low,
+        high=high,
+        real=(guess(unseen) == unseen_classes).double().mean().item(),
+        nearest=distance(samples, seen),
+        nearest_real=distance(unseen, seen),
+    )
 
 
 def main(argv):

@@ -177,6 +177,13 @@ def test_what_cannot_run_in_many_processes_is_refused(variables, flags, words, r
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     assert words in run(flags, status=2).text and not list(run.folder.iterdir())
 
+def test_processes_of_a_mac_share_its_cpu_not_its_gpu(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    for kind, here in [(torch.cuda, False), (torch.backends.mps, True)]:
+        monkeypatch.setattr(kind, "is_available", lambda here=here: here)
+    assert train.Runtime(train.Config(batch_size=4)).device.type == "cpu"
+
 def test_commands_end_a_mistake_in_one_line_and_status_2(tmp_path):
     for script, argv in [("train.py", ["--preset", "mnist"]), ("sample.py", ["nothing.pt"])]:
         text = Run(tmp_path, popen([sys.executable, str(ROOT / script), *argv], tmp_path)).wait(status=2).text
