@@ -182,7 +182,9 @@ def test_processes_of_a_mac_share_its_cpu_not_its_gpu(monkeypatch):
         monkeypatch.setenv(name, value)
     for kind, here in [(torch.cuda, False), (torch.backends.mps, True)]:
         monkeypatch.setattr(kind, "is_available", lambda here=here: here)
-    assert train.Runtime(train.Config(batch_size=4)).device.type == "cpu"
+    rt = train.Runtime.__new__(train.Runtime)
+    rt.find_devices(train.Config())
+    assert rt.device.type == "cpu" and rt.rank == 1
 
 def test_commands_end_a_mistake_in_one_line_and_status_2(tmp_path):
     for script, argv in [("train.py", ["--preset", "mnist"]), ("sample.py", ["nothing.pt"])]:
