@@ -292,8 +292,7 @@ def train(cfg, rt):
                 return rt.say(f"stopped and saved at step {step}; resume with: {rt.launcher} train.py --resume "
                               f"{shlex.quote(cfg.out)}")
             clock += time.perf_counter() - now                      # checkpoints and pictures are not training
-    rt.say(f"done: {cfg.out} is complete. Draw more images with:\n"
-           f"  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')} --seed 1")
+    rt.say(f"done: {cfg.out}. Draw more images with:\n  python sample.py {shlex.quote(cfg.out + '/ckpt.pt')} --seed 1")
 
 
 def steps_done(cfg, rt, training, about):
@@ -908,7 +907,8 @@ def parse_args(argv):
 
 def resumed_config(flags):
     """The Config of the run in the folder flags["resume"], with the flags that may change."""
-    folder = str(path.parent if (path := Path(flags.pop("resume"))).name == "ckpt.pt" else path)
+    path = Path(flags.pop("resume"))
+    folder = str(path.parent if path.name == "ckpt.pt" else path)   # its ckpt.pt may be named, too
     saved = load_checkpoint(Path(folder) / "ckpt.pt", check=False)  # only its settings are read here
     if saved["config"].get("format") != FORMAT:
         raise UserError(f"{folder} is a run of an older version, which drew other random numbers: finish it with that "
