@@ -21,6 +21,7 @@ import re
 import secrets
 import signal
 import sys
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -134,33 +135,42 @@ OFFICIAL = {f"DiT-XL/2-{side}": f"https://dl.fbaipublicfiles.com/DiT/models/DiT-
             for side in (256, 512)}
 
 
-def load_checkpoint(path, check=True):
+def load_checkpoint(path, check=True, num_heads=None):
     """A checkpoint in train.py's form, on the CPU. Official weights are brought into that form.
 
     Nothing in the file is executed, and tensors are read when they are used. check: compare the whole file with its
-    checksums first. UserError if it is no checkpoint.
+    checksums first. num_heads: for official weights that do not say it. UserError if it is no checkpoint.
     """
+    if path in OFFICIAL and os.path.exists(path):
+        raise UserError(f"{path} could be the official weights or your file: write ./{path} for your file, or start "
+                        "in another folder")
     if path in OFFICIAL:
         path = download(OFFICIAL[path])
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else str(path)
-    try:
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint {path}: give the path of a .pt file, or {' or '.join(OFFICIAL)}")
+    with explaining(f"cannot read {path}", "ask its owner for the right to read it", OSError):
+        open(path, "rb").close()
+    # damaged bytes make the unpickler raise anything
+    with explaining(f"{path} is damaged, or not a checkpoint", "give a ckpt.pt that train.py wrote", Exception):
         zipped = zipfile.is_zipfile(path)                           # files of torch before 1.6 are not
         if check and zipped and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):              # the official train.py's settings
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: give the path of a .pt file, or {' or '.join(OFFICIAL)}") from None
-    except Exception:                                               # damaged bytes make the unpickler raise anything
-        raise UserError(f"{path} is damaged, or not a checkpoint: give a ckpt.pt that train.py wrote") from None
 
     found = checkpoint if isinstance(checkpoint, dict) else {}
     if isinstance(found.get("args"), argparse.Namespace):
-        return official_checkpoint(path, found.get("ema"))
+        return official_checkpoint(path, found.get("ema"), found["args"], num_heads)
     if "x_embedder.proj.weight" in found:
-        return official_checkpoint(path, found)
+        return official_checkpoint(path, found, None, num_heads)
     kinds = dict(model=dict, ema=dict, opt=dict, step=int, config=dict, model_args=dict, class_names=list)
-    if lacking := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+    lacking = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if not lacking:
+        settings = ["cfg_scale", "label_drop", *["vae"] * ("scale" in found["config"])]
+        lacking = [f"config[{name!r}]" for name in settings if name not in found["config"]]
+        lacking += ["a name for each class"] * (len(found["class_names"]) != found["model_args"].get("num_classes"))
+    if lacking:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(lacking)}")
     return checkpoint
 
@@ -170,59 +180,81 @@ def download(url):
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.exists():
         return path
-    try:
-        with FileLock(f"{path}.lock"):                              # one of many processes downloads it
+    # a server or a proxy may answer anything; one of many processes downloads
+    with explaining(f"cannot download {url}", "get it by other means and give its path", Exception):
+        with FileLock(f"{path}.lock"):
             if not path.exists():
                 torch.hub.download_url_to_file(url, f"{path}.part")
                 if not zipfile.is_zipfile(f"{path}.part"):          # torch.hub does not notice
                     raise OSError("it broke off")
                 os.replace(f"{path}.part", path)
-    except Exception as error:                                      # a server or a proxy may answer anything
-        raise UserError(f"cannot download {url} ({error}): download it by other means and give its path") from None
     return path
 
 
-def official_checkpoint(path, state):
-    """A checkpoint in train.py's form from a state dict with the official names. The sizes follow from the shapes."""
-    try:
+def official_checkpoint(path, state, args=None, num_heads=None):
+    """A checkpoint in train.py's form from a state dict with the official names.
+
+    args: the settings that the official train.py saves with it. What they do not say follows from the shapes. UserError
+    for what neither says, and for a model of another kind in the same layout.
+    """
+    table, name = "y_embedder.embedding_table.weight", Path(path).name
+    with explaining(f"{path} is neither a checkpoint of train.py nor an official one", "give one of them",
+                    KeyError, TypeError, ValueError, AttributeError, IndexError):
         width, channels, p, _ = state["x_embedder.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1]
-        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        tokens, rows = state["pos_embed"].shape[1], len(state[table])
         learn_sigma = len(state["final_layer.linear.weight"]) == 2 * channels * p * p
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is neither a checkpoint of train.py nor an official one ({error!r})") from None
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    if "SiT" in str(getattr(args, "model", name)) or hasattr(args, "prediction"):
+        raise UserError(f"{path} is a SiT, which does not predict the noise of DiT's diffusion: use SiT's own code")
+    if channels not in (3, 4):
+        raise UserError(f"{path} makes {channels} channels: it takes 3 (pixels) or 4 (Stable Diffusion's latents)")
+
+    # the number of heads leaves no trace in the shapes
+    table_1 = {size.keywords["hidden_size"]: size.keywords["num_heads"] for size in DiT_models.values()}
+    if width not in table_1 and num_heads is None:
+        raise UserError(f"{path} does not say its number of heads, and Table 1 has no width {width}: add --num-heads")
+
+    # the last row is the null label, unless the model was trained without label dropout
+    classes = getattr(args, "num_classes", rows if rows in (1, 1000) else rows - 1)
+    if classes not in (rows, rows - 1):
+        raise UserError(f"{path} says {classes} classes, but its label table has {rows} rows: is it whole?")
+    if classes == rows:
+        state = state | {table: torch.cat([state[table], torch.zeros(1, width)])}
+    published = name in [Path(url).name for url in OFFICIAL.values()]
     class_names = [str(c) for c in range(classes)]
-    if classes == 1000:
+    if classes == 1000 and (published or "imagenet" in str(getattr(args, "data_path", "")).lower()):
         from torchvision.models import ResNet50_Weights
         class_names = ResNet50_Weights.DEFAULT.meta["categories"]
-    heads = {size.keywords["hidden_size"]: size.keywords["num_heads"] for size in DiT_models.values()}
-    config = dict(cfg_scale=4.0, label_drop=0.1, **(dict(vae=VAE, scale=SCALE) if channels == 4 else {}))
+
+    config = dict(cfg_scale=4.0, label_drop=0.1 if classes < rows else 0.0)
+    if channels == 4:
+        config |= dict(vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}", scale=SCALE)
+    if args is None and not published:
+        config["assumed"] = f"{classes} classes" + (" and the null label" if classes < rows else "")
     model_args = dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=channels, hidden_size=width,
-                      depth=depth, num_heads=heads.get(width, 16), num_classes=classes, learn_sigma=learn_sigma)
+                      depth=depth, num_heads=table_1.get(width, num_heads), num_classes=classes,
+                      learn_sigma=learn_sigma)
     return dict(model=state, ema=state, opt={}, step=0, config=config, model_args=model_args, class_names=class_names)
 
 
 def load_strictly(path, model, state):
     """model.load_state_dict(state), with its own words in a UserError if a name or a shape does not fit."""
-    try:
+    what, errors = f"the weights in {path} do not fit the model", (RuntimeError, AttributeError, TypeError)
+    with explaining(what, "is it a DiT?", *errors):
         model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"the weights in {path} do not fit the model: {str(error)[:300]}") from None
 
 
-def load_model(path_or_name, device="cpu"):
+def load_model(path_or_name, device="cpu", num_heads=None):
     """(model, info) of a checkpoint: its averaged weights (EMA), in eval mode, on `device`.
 
     path_or_name: a ckpt.pt of train.py, or its folder; a .pt in the official layout, or of the official train.py; or a
-    name in OFFICIAL. info: dict(config, class_names, step, model_args, space: "pixel" or "latent").
+    name in OFFICIAL. num_heads: for official weights that do not say it. info: dict(config, class_names, step,
+    model_args, space: "pixel" or "latent").
     """
-    checkpoint = load_checkpoint(path_or_name)
-    try:
-        with torch.device("meta"):
-            model = DiT(**checkpoint["model_args"])
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path_or_name} describes an impossible model ({error}): is it a DiT?") from None
+    checkpoint = load_checkpoint(path_or_name, num_heads=num_heads)
+    with explaining(f"{path_or_name} describes an impossible model", "is it a DiT?",
+                    TypeError, ValueError, ZeroDivisionError), torch.device("meta"):
+        model = DiT(**checkpoint["model_args"])
     model = model.to_empty(device="cpu")
     load_strictly(path_or_name, model, checkpoint["ema"])
     info = {name: checkpoint[name] for name in ("config", "class_names", "step", "model_args")}
@@ -236,14 +268,12 @@ def load_vae(name, device="cpu"):
     from diffusers import AutoencoderKL  # takes seconds to import, which pixels need not spend
 
     parts = str(name).split("/") if str(name)[0].isalnum() and not os.path.isdir(name) else [str(name)]
-    try:
+    remedy = f"give --vae a folder with diffusers' AutoencoderKL, or a name on the hub such as {VAE}"
+    with explaining(f"no VAE {name!r}", remedy, Exception):         # diffusers and the hub raise many kinds
         vae, report = AutoencoderKL.from_pretrained("/".join(parts[:2]), subfolder="/".join(parts[2:]),
                                                     low_cpu_mem_usage=False, output_loading_info=True)
         if wrong := report["missing_keys"] + report["unexpected_keys"]:           # diffusers only warns about these
             raise ValueError(f"missing or unknown weights: {', '.join(wrong[:3])}")
-    except Exception as error:                                      # diffusers and the hub raise many kinds
-        raise UserError(f"no VAE {name!r} ({str(error)[:200]}): give --vae a folder with diffusers' AutoencoderKL, or "
-                        f"a name on the hub such as {VAE}") from None
     channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     if (channels, factor) != (4, 8):
         raise UserError(f"the VAE {name} makes {channels} channels of 1/{factor} of the size. Stable Diffusion's make "
@@ -257,9 +287,9 @@ def decode(vae, latents, scale):
     return torch.cat([vae.decode(part / scale).sample.cpu() for part in latents.to(vae.device).split(8)])
 
 
-def default_guidance(config):
-    """The guidance scale of a run's pictures; 1, which is none, if it trained no null label."""
-    return config["cfg_scale"] if config["label_drop"] > 0 else 1.0
+def default_guidance(config, class_names):
+    """The guidance scale of a run's pictures; 1, which is none, if no null label was trained or there is one class."""
+    return config["cfg_scale"] if config["label_drop"] > 0 and len(class_names) > 1 else 1.0
 
 
 # Sets for FID (the paper's FID is of 50,000 images) -------------------------------------------------------------------
@@ -269,13 +299,13 @@ def set_labels(args, class_names):
     if args.labels is None:
         streams = (np.random.default_rng((args.seed, i, 1)) for i in range(args.num_samples))
         return [int(stream.integers(len(class_names))) for stream in streams]
-    try:
-        lines = Path(args.labels).read_text(encoding="utf-8-sig").split("\n")[:args.num_samples]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --labels {args.labels} ({error}): it should hold one class per line") from None
+    with explaining(f"cannot read --labels {args.labels}", "it should hold one class per line", OSError):
+        text = Path(args.labels).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [line.strip().replace("\t", ":") for line in text.split("\n")[:args.num_samples]]  # or a labels.txt
     if len(lines) < args.num_samples:
         raise UserError(f"--labels {args.labels} has {len(lines)} lines: it needs {args.num_samples} (--num-samples)")
-    return [class_number(line.strip(), class_names) for line in lines]
+    numbers = {line: class_number(line, class_names) for line in set(lines)}
+    return [numbers[line] for line in lines]
 
 
 def make_set(args, model, vae_name, class_names, draw, how):
@@ -293,14 +323,19 @@ def make_set(args, model, vae_name, class_names, draw, how):
         vae=vae_name, weights=crc, labels=zlib.crc32(str(labels).encode()))
     torch.set_num_threads(1)                                        # on a CPU, another number rounds otherwise
     with writing(out), FileLock(out / ".lock"):
-        known = json.loads((out / "settings.json").read_text()) if (out / "settings.json").exists() else None
+        known = None
+        if (out / "settings.json").exists():
+            with contextlib.suppress(ValueError):                   # damaged, or not JSON
+                known = json.loads((out / "settings.json").read_text())
+            if not isinstance(known, dict):
+                raise UserError(f"{out}/settings.json is damaged: choose another folder with --out")
         if known is None and any(out.glob("*.png")):
             raise UserError(f"{out} contains PNG files that sample.py did not write: choose another folder with --out")
         if different := [f"{k} {known.get(k)}" for k in settings if known is not None and known.get(k) != settings[k]]:
             raise UserError(f"{out} holds another set, with {', '.join(different)}: choose another folder with --out")
         with atomic_write(out / "settings.json", "w") as file:
             json.dump(settings, file, indent=1)
-        with atomic_write(out / "labels.txt", "w", encoding="utf-8") as file:
+        with atomic_write(out / "labels.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{label}\t{class_names[label]}\n" for label in labels)
 
     if rank == 0:
@@ -335,19 +370,24 @@ def write_npz(path, pictures):
 # Command line ---------------------------------------------------------------------------------------------------------
 
 def class_number(word, class_names):
-    """The number of a class from its name or number."""
-    if word in class_names:
-        return class_names.index(word)
-    if word.isdecimal() and int(word) < len(class_names):
-        return int(word)
-    raise UserError(f"no class {word!r}: choose from 0..{len(class_names) - 1} or {', '.join(class_names[:10])}")
+    """The number of a class from its name, its number, or both as in 3:heart. UserError if two classes fit."""
+    word, readings = unicodedata.normalize("NFC", word), {}
+    for i, name in enumerate(unicodedata.normalize("NFC", name) for name in class_names):
+        same_number = word.isdecimal() and name.isdecimal() and word == name.lstrip("0")      # 1 may mean the folder 01
+        if same_number or word in (str(i), name, f"{i}:{name}"):
+            readings[f"{i}:{name}"] = i
+    if len(readings) > 1:
+        raise UserError(f"class {word!r} is one's number and another's name: write {' or '.join(readings)}")
+    if not readings:
+        raise UserError(f"no class {word!r}: choose from 0..{len(class_names) - 1} or {', '.join(class_names[:10])}")
+    return readings.popitem()[1]
 
 
 def parse_classes(text, class_names):
     """Class numbers from "3,5" or "star,heart"; from None all classes, or ten spread over them."""
     if text is None:
         return np.linspace(0, len(class_names) - 1, min(10, len(class_names))).round().astype(int).tolist()
-    words = [text] if text in class_names else text.split(",")
+    words = [text] if text in class_names else text.split(",")      # a name may contain a comma
     return [class_number(word.strip(), class_names) for word in words]
 
 
@@ -366,6 +406,7 @@ def parse_args(argv):
     add("--batch-size", type=between(int, 1, 100_001), default=128, help="images drawn together (default: 128)")
     add("--num-samples", type=between(int, 1, 1_000_001), help="make a set of this many images in the folder --out")
     add("--labels", help="a file with the set's classes, one per line (default: uniformly random)")
+    add("--num-heads", type=between(int, 1), help="of weights in the official layout that do not say it")
     add("--out", help="the picture, or the folder of the set (default: samples.png, samples)")
     add("--gif", help="also write an animation: x_t beside the predicted x_0")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
@@ -394,16 +435,21 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     device = pick_device(args.device)
-    model, info = load_model(args.checkpoint, device)
+    model, info = load_model(args.checkpoint, device, args.num_heads)
     config, class_names, latent = info["config"], info["class_names"], info["space"] == "latent"
 
     # what the model can do
+    if "assumed" in config:
+        print(f"note: {args.checkpoint} holds weights alone: taken for a DiT that predicts the noise, with "
+              f"{config['assumed']}")
+    if args.num_heads not in (None, info["model_args"]["num_heads"]):
+        raise UserError(f"{args.checkpoint} has {info['model_args']['num_heads']} heads: leave --num-heads out")
     if args.vae and not latent:
         raise UserError(f"{args.checkpoint} makes pixels: leave --vae out")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= model.in_channels:
         raise UserError(f"--cfg-channels {args.cfg_channels} is out of range: 1 to {model.in_channels}")
     if args.cfg_scale is None:
-        args.cfg_scale = default_guidance(config)
+        args.cfg_scale = default_guidance(config, class_names)
     if args.cfg_scale != 1 and config["label_drop"] == 0:
         raise UserError("this checkpoint was trained without label dropout, so it has no null label to guide with: "
                         "use --cfg-scale 1")
@@ -438,12 +484,19 @@ def make_grid(args, class_names, draw, to_picture, how):
         raise UserError(f"--gif shows one batch: ask for fewer than {len(labels)} images, or raise --batch-size")
     film = Film(args.per_class, args.steps, to_picture=to_picture) if args.gif else None
     batches = [range(len(labels))[k:k + args.batch_size] for k in range(0, len(labels), args.batch_size)]
-    images = [draw([labels[i] for i in batch], batch, on_step=film, progress=tqdm) for batch in batches]
+    images = []
+    try:
+        for batch in batches:
+            images.append(draw([labels[i] for i in batch], batch, on_step=film, progress=tqdm))
+    except KeyboardInterrupt:                                       # the batches that are drawn are not lost
+        if not images:
+            raise
+    images = torch.cat(images)
     with writing(args.out):
-        grid_image(torch.cat(images), args.per_class).save(args.out)
+        grid_image(images, args.per_class).save(args.out)
         if film:
             film.save(args.gif)
-    print(f"{args.out}: {len(labels)} images, one row per class ({', '.join(class_names[c] for c in classes)}); {how}, "
+    print(f"{args.out}: {len(images)} images, one row per class ({', '.join(class_names[c] for c in classes)}); {how}, "
           f"seed {args.seed} (--seed for others)" + (f"; {args.gif}: x_t and the predicted x_0" if film else ""))
 
 
@@ -479,6 +532,8 @@ def between(kind, low, high=math.inf):
 
 def run(main, less_memory):
     """main(), with errors that the user can fix shown as one line. less_memory: what to do if memory runs out."""
+    with contextlib.suppress(AttributeError):                       # a console without the letters of a class's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -496,12 +551,18 @@ def run(main, less_memory):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Inside, a failure to write is a UserError."""
+def explaining(what, remedy, *errors):
+    """Inside, errors of these kinds become a UserError: what is wrong, the error's own words, and what to do."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:            # torch.save and json turn one into another
-        raise UserError(f"cannot write {path} ({error}): make room, or choose another folder") from None
+    except errors as error:
+        raise UserError(f"{what} ({str(error)[:300] or type(error).__name__}): {remedy}") from None
+
+
+def writing(path):
+    """Inside, a failure to write is a UserError."""
+    errors = OSError, RuntimeError, ValueError                      # torch.save and json turn one into another
+    return explaining(f"cannot write {path}", "make room, or choose another folder", *errors)
 
 
 @contextlib.contextmanager
@@ -523,6 +584,10 @@ def atomic_write(path, mode="wb", **kwargs):
 
 def pick_device(name):
     """torch.device for a name, or for auto: cuda, mps or cpu. Under torchrun, cuda is this process's own GPU."""
+    tasks = [int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    if max(tasks) > 1 and "RANK" not in os.environ:
+        raise UserError(f"srun or mpirun has started {max(tasks)} processes, and each would do the whole work: let it "
+                        "start one torchrun on each machine")
     kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = kinds[0] if name == "auto" else name
     if name == "cuda":
@@ -533,7 +598,8 @@ def pick_device(name):
             torch.set_float32_matmul_precision("high")              # TF32: a picture may move by a grey level
         if device.type in kinds:
             return device
-    raise UserError(f"no device {name!r} here: use --device auto, or one of {', '.join(kinds)}")
+    raise UserError(f"no device {name!r} here: use --device auto, or one of {', '.join(kinds)}; under torchrun, start "
+                    "no more processes than there are GPUs")
 
 
 if __name__ == "__main__":

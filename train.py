@@ -38,6 +38,7 @@ import shlex
 import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,8 +47,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock
-from PIL import Image, ImageOps
+from filelock import FileLock, Timeout
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -57,7 +58,7 @@ from tqdm import tqdm
 
 import sample
 from dit import DESIGNS, Attention, DiT, DiT_models, GaussianDiffusion
-from sample import SCALE, VAE, Parser, UserError, atomic_write, between, load_checkpoint, writing
+from sample import SCALE, VAE, Parser, UserError, atomic_write, between, explaining, load_checkpoint, writing
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
@@ -121,6 +122,9 @@ PRESETS = {
 }
 
 
+BUILT_IN = "shapes", "cifar10"                                      # what --data may name instead of a folder
+
+
 def model_args(cfg, num_classes):
     """The arguments of DiT for this run."""
     side, channels = (cfg.image_size // 8, 4) if cfg.vae else (cfg.image_size, 3)
@@ -178,14 +182,24 @@ class Training:
         self.wrapped = rt.prepare(self.model.to(rt.device))         # what the loss calls; its weights are the model's
         self.opt = rt.optimizer(self.model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0)
 
-    def start_from(self, path):
-        """Take the averaged weights of a checkpoint. With another number of classes, the label table starts anew."""
-        table, state = "y_embedder.embedding_table.weight", load_checkpoint(path)["ema"]
-        ours = self.model.state_dict()[table]
-        other_classes = table in state and len(state[table]) != len(ours)
-        sample.load_strictly(path, self.model, state | ({table: ours} if other_classes else {}))
+    def start_from(self, path, ours):
+        """Take the averaged weights of a checkpoint; if it has other classes, all but its label table.
+
+        ours: what a checkpoint of this run says. The same weights with other heads would be another function.
+        """
+        sizes, table = ours["model_args"], "y_embedder.embedding_table.weight"
+        theirs = load_checkpoint(path, num_heads=sizes["num_heads"])
+        different = [f"{name} {size}, not {sizes[name]}" for name, size in theirs["model_args"].items()
+                     if name in sizes.keys() - {"num_classes"} and size != sizes[name]]
+        if different:
+            raise UserError(f"--init {path} is a model with {'; '.join(different)}: give this run the same sizes")
+        names, others = ours["class_names"], theirs["class_names"]
+        imagenet = (names[0], names[-1], others[0]) == ("n01440764", "n15075141", "tench")
+        same_classes = names == others or (imagenet and len(names) == len(others))
+        new_table = {} if same_classes else {table: self.model.state_dict()[table]}
+        sample.load_strictly(path, self.model, theirs["ema"] | new_table)
         self.ema.load_state_dict(self.model.state_dict())
-        return "all weights but the label table" if other_classes else "all weights"
+        return "all weights" if same_classes else "all weights but the label table"
 
     def state(self):
         return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict())
@@ -241,11 +255,12 @@ def train(cfg, rt):
     """Train from the start, or from the run's checkpoint, until the last step or a signal."""
     # what is learned from, and what learns
     source, codec = open_source(cfg), Latents(cfg, rt) if cfg.vae else Pixels()
+    rt.barrier()                                                    # some machines read faster than others
     training, diffusion = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device)
     about = about_run(cfg, source, codec)
     start = steps_done(cfg, rt, training, about)
 
-    # prepare the images, which can take hours, and longer on one machine than on another; then start together
+    # prepare the images, which can take hours; then start together
     images, labels = prepare_data(cfg, rt, source, codec)
     rt.barrier()
     rt.check_same(start, rt.dtype, about["config"] | dict(data="", vae="", cache="", resume=""))
@@ -299,13 +314,15 @@ def steps_done(cfg, rt, training, about):
     """Load the checkpoint of a run to resume, or the weights that --init names; return the steps already done."""
     if not cfg.resume:
         if cfg.init:
-            rt.say(f"{training.start_from(cfg.init)} taken from {cfg.init}")
+            rt.say(f"{training.start_from(cfg.init, about)} taken from {cfg.init}")
         return 0
     saved = load_checkpoint(Path(cfg.out) / "ckpt.pt", check=rt.local_rank == 0)
-    if saved["config"]["data_digest"] != about["config"]["data_digest"]:
+    if saved["config"].get("data_digest") != about["config"]["data_digest"]:
         raise UserError(f"{cfg.out} was trained on other images than --data {cfg.data}, or with another --vae: restore "
                         "them, or start a new run with --out")
-    training.load(saved)
+    with explaining(f"{cfg.out}/ckpt.pt does not fit the model that it describes", "was it changed by hand?",
+                    RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        training.load(saved)
     return saved["step"]
 
 
@@ -334,7 +351,7 @@ def sample_grid(cfg, rt, ema, codec, class_names):
     pictures = []
     for k in range(0, len(labels), part):
         x = sample.sample_images(ema, labels[k:k + part], range(k, len(labels))[:part], steps=25, sampler="ddim",
-                                 cfg_scale=sample.default_guidance(dataclasses.asdict(cfg)),
+                                 cfg_scale=sample.default_guidance(dataclasses.asdict(cfg), class_names),
                                  on_step=lambda *_: rt.mark_step())
         pictures.append(sample.to_uint8(codec.decode(x)))
     return sample.grid_image(torch.cat(pictures), 8)
@@ -347,6 +364,8 @@ def announce(cfg, rt, model, source):
     rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
            f"{n} images, {len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), "
            f"{cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, {str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
+    if source.left_out:
+        rt.say(f"left out of {cfg.data}: {source.left_out}")
     if 0 < cfg.lr_decay_steps < cfg.steps:
         rt.say(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0: nothing is learned")
 
@@ -362,7 +381,7 @@ class Folder:
     """The files of a run: config.json, log.csv, ckpt.pt and samples/. Only the process that `writes` touches them.
 
     Files are replaced atomically. log.csv has one row per logged step, with exact floats. On resume, the rows after
-    `step` are removed, since those steps are done again.
+    `step` are removed, since those steps are done again. The folder is locked until the process ends, however it ends.
     """
     columns = ["step", "loss", "mse", "vb", "grad_norm", "images_per_sec"]
 
@@ -372,6 +391,13 @@ class Folder:
         if not writes:
             return
         with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.out / ".lock", timeout=0, is_singleton=True)
+            remedy = "wait for its end, or choose another folder with --out"
+            with explaining(f"another run is writing into {cfg.out}", remedy, Timeout):
+                with contextlib.suppress(NotImplementedError):      # a file system without locks
+                    self.lock.acquire()
+            refuse_a_second_run(cfg)                                # it may have come and gone since the start
             for folder in (self.out, self.out / "samples"):
                 for half in folder.glob("*.????????.part"):         # left by a killed run
                     half.unlink()
@@ -436,7 +462,8 @@ class Source(NamedTuple):
     mtimes: list                # if a file was touched, the arrays are made again
     class_names: list
     labels: list
-    load: Callable              # i -> uint8 (I, I, 3)
+    load: Callable              # i -> uint8 (I, I, 3), or UserError
+    left_out: str = ""          # what lies beside the images
 
 
 SHAPES = {                      # name -> whether (x, y) is inside; y points up, the shape fills [-1, 1]^2
@@ -470,17 +497,47 @@ def draw_shape(i, size):
     return (255 * (cover * np.array(foreground) + (1 - cover) * np.array(background))).round().astype(np.uint8)
 
 
-def center_crop(image, size):
-    """A PIL image as uint8 (size, size, 3), by ADM's rule: halve with box filters, resize bicubically, crop."""
+UPRIGHT = {                     # EXIF's orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright_rgb(image):
+    """A PIL image turned as its EXIF says, in RGB, over white where it is transparent."""
+    image.load()
     if image.mode[0] in "IF":
         raise ValueError(f"pixels of mode {image.mode}, not of 8 bits")
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    with contextlib.suppress(Exception):                            # EXIF may be damaged; only one entry of it is read
+        orientation = image.getexif()[0x0112]
+        number = orientation[0] if isinstance(orientation, (bytes, tuple)) else orientation
+        image = image.transpose(UPRIGHT[int(number)])
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def middle(image, width, height):
+    """The middle of a PIL image."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def center_crop(image, size):
+    """A PIL image as uint8 (size, size, 3), by ADM's rule: halve with box filters, resize bicubically, crop."""
+    image = upright_rgb(image)
+    longest = 16 * min(image.size)                                  # enlarging 1 x 60,000 pixels would take gigabytes
+    image = middle(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.asarray(middle(image, size, size))
 
 
 def open_source(cfg):
@@ -494,35 +551,98 @@ def open_source(cfg):
 def open_cifar10(cfg):
     import torchvision.datasets  # takes a second to import, which the shapes need not spend
 
-    try:
+    with explaining("cannot get CIFAR-10", "give a folder of images with --data", OSError, RuntimeError):
         Path(cfg.cache).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(cfg.cache) / "cifar10.lock"):            # one process downloads it
             data = torchvision.datasets.CIFAR10(Path(cfg.cache) / "cifar10", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot get CIFAR-10 ({error}): give a folder of images with --data") from None
     return Source(["cifar10", len(data.targets)], [], data.classes, data.targets,
                   lambda i: center_crop(Image.fromarray(data.data[i]), cfg.image_size))
 
 
-def open_folder(cfg):
-    import torchvision.datasets
+def is_picture(path):
+    """Whether Pillow reads files with this extension, or else knows the content."""
+    with contextlib.suppress(Exception):
+        if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.OPEN:
+            Image.open(path).close()
+        return True
+    return False
 
-    try:
-        found = torchvision.datasets.ImageFolder(cfg.data)
-        paths = [path for path, _ in found.samples]
+
+def files_below(data, skipped):
+    """The folders in the folder `data`, and all files below it. A folder that links lead back to is visited once.
+
+    Not looked at: what is hidden, thumbnails of a NAS, resource forks of a Mac, runs, and the folders `skipped`.
+    """
+    def fail(error):
+        raise error
+
+    files, top, seen = [], None, {os.path.realpath(folder) for folder in skipped}
+    for folder, folders, names in os.walk(data, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in ("@eaDir", "__MACOSX"))
+        if real in seen or "ckpt.pt" in names:
+            folders.clear()
+        else:
+            files += [os.path.join(folder, name) for name in names if name[0] != "."]
+        seen.add(real)
+        top = folders.copy() if top is None else top
+    return top, files
+
+
+def nfc(text):
+    """One spelling for names that look the same: a Mac writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", text)
+
+
+def list_folder(data, skipped):
+    """({class: paths of its pictures}, {what is left out: paths}) of the folder `data`."""
+    classes, left_out = {}, {}
+    top, files = files_below(data, skipped)
+    for path in sorted(files, key=os.path.split):
+        name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
+        if not os.path.exists(path):
+            left_out.setdefault("links that lead nowhere", []).append(path)
+        elif not os.path.isfile(path) or not is_picture(path):
+            left_out.setdefault("files that are no pictures", []).append(path)
+        elif not below:
+            left_out.setdefault("pictures outside of the class folders", []).append(path)
+        else:
+            classes.setdefault(name, []).append(path)
+    if empty := [os.path.join(data, name) for name in top if nfc(name) not in classes]:
+        left_out["folders without pictures"] = empty
+    return dict(sorted(classes.items())), left_out
+
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def open_folder(cfg):
+    data = cfg.data
+    link = f", a link to {os.readlink(data)}," if os.path.islink(data) else ""
+    with explaining(f"no images in --data {data}{link}", "it should hold one folder per class", OSError):
+        classes, left_out = list_folder(data, skipped=[cfg.out, cfg.cache])
+        paths = [path for some in classes.values() for path in some]
         stats = [os.stat(path) for path in paths]
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"no images in --data {cfg.data} ({error}): it should hold one folder per class") from None
+    said = "; ".join(f"{len(some)} {kind}, such as {os.path.relpath(some[0], data)}" for kind, some in left_out.items())
+    if not classes:
+        raise UserError(f"no images in --data {data} ({said or 'it is empty'}): it should hold one folder per class")
+    nested = [name for name, some in classes.items() if os.path.dirname(some[0]) != os.path.join(data, name)]
+    if nested and {name.lower() for name in classes} <= SPLITS:
+        largest = max(nested, key=lambda name: len(classes[name]))
+        raise UserError(f"{data} has splits ({', '.join(classes)}) and not classes: choose one, such as --data "
+                        f"{os.path.join(data, largest)}")
 
     def load(i):
         try:
-            return center_crop(Image.open(paths[i]), cfg.image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {paths[i]} ({error}): repair or remove it") from None
+            with Image.open(paths[i]) as image:
+                return center_crop(image, cfg.image_size)
+        except Exception as error:                                  # decoders raise anything
+            raise UserError(f"{paths[i]} ({type(error).__name__}: {str(error)[:100]})") from None
 
-    identity = [(os.path.relpath(path, cfg.data).replace(os.sep, "/"), stat.st_size)
+    identity = [(nfc(os.path.relpath(path, data)).replace(os.sep, "/"), stat.st_size)
                 for path, stat in zip(paths, stats, strict=True)]
-    return Source(identity, [stat.st_mtime_ns for stat in stats], found.classes, found.targets, load)
+    labels = [label for label, some in enumerate(classes.values()) for _ in some]
+    return Source(identity, [stat.st_mtime_ns for stat in stats], list(classes), labels, load, said)
 
 
 class Pixels:
@@ -555,7 +675,10 @@ class Latents:
             x = torch.from_numpy(some.transpose(0, 3, 1, 2).copy()).to(self.vae.device) / 127.5 - 1
             both = [self.vae.encode(view).latent_dist for view in (x, x.flip(3))]
             moments.append(torch.stack([torch.cat([p.mean, p.std], dim=1) for p in both], dim=1).cpu())
-        return torch.cat(moments).half().numpy()                    # (k, 2, 2C, I/8, I/8)
+        moments = torch.cat(moments).half()                         # (k, 2, 2C, I/8, I/8)
+        if not moments.isfinite().all():
+            raise UserError("the VAE gives numbers that are not finite: use another --vae")
+        return moments.numpy()
 
     def decode(self, x):
         return sample.decode(self.vae, x, SCALE)
@@ -570,10 +693,9 @@ class Parts:
     def __init__(self, paths, size):
         self.arrays, self.size = [], size
         for path in paths:
-            try:
+            with (explaining(f"{path} is damaged", "remove it, and it is made again", ValueError, EOFError),
+                  explaining(f"cannot read {path}", "choose another folder with --cache", OSError)):
                 self.arrays.append(np.load(path, mmap_mode="r"))
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path} is damaged ({error}): remove it, and it is made again") from None
 
     def __len__(self):
         return sum(map(len, self.arrays))
@@ -589,8 +711,17 @@ def prepare_data(cfg, rt, source, codec):
     Each part is a file that appears when it is complete. So processes that start together share the work without
     locks, and what a killed one leaves undone is done by the others or by the next run.
     """
-    n = len(source.labels)
-    some_images = [source.load(i).tobytes() for i in np.linspace(0, n - 1, 20).astype(int)]     # the code's fingerprint
+    n, broken = len(source.labels), {}
+
+    def load(i):
+        try:
+            return source.load(i)
+        except UserError as error:
+            broken[i] = str(error)
+
+    # the code's fingerprint
+    some_images = [load(i) for i in np.linspace(0, n - 1, 20).astype(int)]
+    some_images = [None if image is None else image.tobytes() for image in some_images]
     size = max(IMAGES_PER_PART, -(-n // MOST_PARTS))
     key = digest(source.identity, source.mtimes, source.labels, some_images, cfg.image_size, codec.identity, size)
     folder = Path(cfg.cache) / f"{Path(cfg.data).name}-{cfg.image_size}-{key}"
@@ -598,21 +729,23 @@ def prepare_data(cfg, rt, source, codec):
     mine = list(paths)[rt.rank::rt.world]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:                # decoding a file releases the GIL
-        def load(indices):
-            return np.stack(list(pool.map(source.load, indices)))
-
-        if codec.slow:                                              # find a broken image now, not after hours
+        if codec.slow:                                              # find broken images now, not after hours
             for indices in tqdm(mine, desc=f"reading {cfg.data}", unit="part", disable=rt.rank > 0):
                 if not paths[indices].exists():
-                    load(indices)
+                    list(pool.map(load, indices))
         # first this process's share, then what is left of the others', from the end
         with tqdm(total=n, desc=f"preparing {cfg.data}", unit="image", disable=rt.rank > 0) as bar:
             for indices in [*mine, *(part for part in reversed(paths) if part not in mine)]:
                 if not paths[indices].exists():
-                    images = codec.encode(load(indices))
-                    with atomic_write(paths[indices]) as file:
-                        np.save(file, images)
+                    images = list(pool.map(load, indices))
+                    if not broken:                                  # else go on, to tell all of them
+                        images = codec.encode(np.stack(images))
+                        with atomic_write(paths[indices]) as file:
+                            np.save(file, images)
                 bar.update(len(indices))
+    if broken:
+        first = [broken[i] for i in sorted(broken)[:10]]
+        raise UserError(f"cannot read {len(broken)} of {n} pictures, repair or remove them: {'; '.join(first)}")
     return Parts(paths.values(), size), np.array(source.labels)
 
 
@@ -792,7 +925,8 @@ class XLARuntime(Runtime):
             raise UserError("--device xla drives all chips of a machine from one process: start it without torchrun")
         if cfg.compile:
             raise UserError("--device xla compiles by itself: use --no-compile")
-        try:
+        remedy = "pip install -e '.[tpu]' and set PJRT_DEVICE, or use --device auto"
+        with explaining("--device xla needs torch_xla and a device", remedy, ImportError, RuntimeError):
             import torch_xla
             import torch_xla.backends
             import torch_xla.distributed.spmd as spmd
@@ -802,9 +936,6 @@ class XLARuntime(Runtime):
 
             xr.use_spmd()                                           # before anything touches a device
             self.mesh, self.devices = spmd.get_1d_mesh("data"), xr.global_runtime_device_count()
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"--device xla needs torch_xla and a device ({str(error)[:200]}): pip install -e '.[tpu]' "
-                            "and set PJRT_DEVICE, or use --device auto") from None
         self.torch_xla, self.spmd, self.send = torch_xla, spmd, send_cpu_data_to_device
         self.checkpoint = torch_xla.utils.checkpoint.checkpoint     # torch's own cannot run there
         self.rank, self.world, self.local_rank = xr.process_index(), xr.process_count(), 0
@@ -883,8 +1014,12 @@ def parse_args(argv):
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
                             help=field.metadata["help"] + ("" if default in ("", None) else f" (shapes: {default})"))
     flags = vars(parser.parse_args(argv))
-    if flags.get("data") not in (None, "", "shapes", "cifar10"):
-        flags["data"] = os.path.abspath(flags["data"])              # a resumed run finds it from any folder
+    data = flags.get("data")
+    if data in BUILT_IN and os.path.isdir(data):
+        raise UserError(f"--data {data} could be the built-in {data} or the folder {data} here: write ./{data} for the "
+                        f"folder, or --preset {data} and no --data")
+    if data and data not in BUILT_IN:
+        flags["data"] = os.path.abspath(data)                       # a resumed run finds it from any folder
     if os.path.exists(flags.get("vae", "")):
         flags["vae"] = os.path.abspath(flags["vae"])
     if "resume" in flags:
@@ -899,10 +1034,15 @@ def parse_args(argv):
         cfg.model = ""                                              # an explicit size makes it another model
     cfg.out = cfg.out or f"runs/{preset if cfg.data == PRESETS[preset]['data'] else Path(cfg.data).name}"
     check(cfg)
-    if (Path(cfg.out) / "ckpt.pt").exists():
+    refuse_a_second_run(cfg)
+    return cfg
+
+
+def refuse_a_second_run(cfg):
+    """UserError if a new run's folder holds a checkpoint."""
+    if not cfg.resume and (Path(cfg.out) / "ckpt.pt").exists():
         raise UserError(f"{cfg.out} already holds a run: continue it with --resume {shlex.quote(cfg.out)}, or choose "
                         "another folder with --out")
-    return cfg
 
 
 def resumed_config(flags):
@@ -913,7 +1053,9 @@ def resumed_config(flags):
     if saved["config"].get("format") != FORMAT:
         raise UserError(f"{folder} is a run of an older version, which drew other random numbers: finish it with that "
                         f"version, or start a new run from its weights with --init {shlex.quote(folder)} --out NEW")
-    config = {field.name: saved["config"][field.name] for field in dataclasses.fields(Config)}
+    config = {field.name: saved["config"].get(field.name) for field in dataclasses.fields(Config)}
+    if wrong := [field.name for field in dataclasses.fields(Config) if not isinstance(config[field.name], field.type)]:
+        raise UserError(f"{folder}/ckpt.pt lacks settings of its run ({', '.join(wrong)}): was it changed by hand?")
     latents_or_pixels = {"vae"} if not flags.get("vae") or not config["vae"] else set()
     different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
                  if name not in MAY_CHANGE - latents_or_pixels and value != config[name]]
@@ -933,11 +1075,10 @@ def check(cfg):
         raise UserError("say which images: --data FOLDER, with one folder per class")
     if cfg.vae and cfg.image_size % 8:
         raise UserError(f"--image-size {cfg.image_size} is not divisible by 8, the VAE's reduction")
-    try:
-        with torch.device("meta"):
-            DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    with explaining("no such model", "change the sizes", ValueError), torch.device("meta"):
+        DiT(**model_args(cfg, num_classes=1) | dict(depth=1))
+    if cfg.data not in BUILT_IN and os.path.realpath(cfg.data) in map(os.path.realpath, (cfg.out, cfg.cache)):
+        raise UserError(f"--data {cfg.data} is also --out or --cache: keep the pictures in a folder of their own")
     existing = next(path for path in [Path(cfg.out), *Path(cfg.out).absolute().parents] if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write into {cfg.out}: choose another folder with --out")

@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import DESIGNS, LATENT, RECIPE, ROOT, Run, popen, tiny_dit
+from conftest import DESIGNS, LATENT, RECIPE, ROOT, Run, popen, refusal, tiny_dit
 
+import sample
 import train
 
 # The same run ---------------------------------------------------------------------------------------------------------
@@ -159,6 +160,41 @@ def test_when_one_process_dies_the_others_end(patch, saved, run):
     told = "another process of this run has ended" in ended.text
     assert told or re.search(r"exitcode +: (143|-15)", ended.text), ended.text    # or the launcher was faster
     assert ended.state["step"] == saved if saved else not ended.out.exists()
+
+def test_a_run_holds_its_folder_until_it_ends_or_is_killed(run):
+    """Two writers would leave the checkpoint of one beside the log of the other."""
+    first = run.start("--steps 10000000")
+    while not first.checkpoint.exists():
+        assert first.process.poll() is None
+        time.sleep(0.1)
+    second = run("--steps 20000000", resume=first, patch=" ", status=2)
+    third = run("--out", first.out, patch="it.refuse_a_second_run = lambda cfg: None", status=2)    # started together
+    for refused in (second, third):
+        assert f"another run is writing into {first.out}" in refused.text and "Traceback" not in refused.text
+    first.process.kill()
+    first.process.wait()
+    step = first.state["step"]
+    assert run(f"--steps {step + 1}", resume=first).state["step"] == step + 1
+
+def test_a_run_that_came_and_went_in_the_meantime_is_not_overwritten(run, monkeypatch):
+    """Its folder was free when this run was started, and is free again."""
+    prepare, other = train.prepare_data, []
+
+    def slow(*args):
+        monkeypatch.setattr(train, "prepare_data", prepare)
+        other.append(run("--steps 2 --out", run.folder / "run1"))
+        return prepare(*args)
+    monkeypatch.setattr(train, "prepare_data", slow)
+    assert "already holds a run" in run("--steps 4", status=2).text
+    assert torch.load(run.folder / "run1" / "ckpt.pt")["step"] == 2
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_torchrun_has_not_started_are_refused(name, run, tiny_run, monkeypatch):
+    monkeypatch.setenv(name, "8")
+    assert "8 processes" in run(status=2).text and not list(run.folder.iterdir())
+    assert "8 processes" in refusal(sample.main, tiny_run.out)
+    monkeypatch.setenv(name, "1")
+    assert run("--steps 1").state["step"] == 1
 
 @pytest.mark.slow
 def test_processes_with_other_settings_do_not_train_together(run):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import full_disk, official_state, refusal
+from conftest import full_disk, official_state, refusal, tiny_dit
 from PIL import Image
 
 import sample
@@ -113,16 +113,63 @@ def test_bf16_pictures_differ_by_few_grey_levels(tiny_run, tmp_path):
 
 # Official weights -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("layout", ["weights", "training"])
-def test_official_weights_are_loaded_as_they_are(layout, tmp_path):
-    """The published file is a state dict. The official train.py's file also holds an argparse.Namespace."""
+def training_file(state, **args):
+    """What the official train.py saves: it also holds an argparse.Namespace."""
+    return dict(model={}, ema=state, opt={}, args=argparse.Namespace(**args))
+
+@pytest.mark.parametrize("name,args", [("DiT-XL-2-256x256.pt", None), ("x.pt", dict(data_path="/data/imagenet/train"))])
+def test_official_weights_are_loaded_as_they_are(name, args, tmp_path):
+    """The published file is a state dict. ImageNet's names are given to what was trained on ImageNet."""
     state = official_state(num_classes=1000)
-    training = dict(model={}, ema=state, opt={}, args=argparse.Namespace(lr=1e-4))
-    torch.save(state if layout == "weights" else training, tmp_path / "official.pt")
-    model, info = sample.load_model(tmp_path / "official.pt")
+    torch.save(state if args is None else training_file(state, **args), tmp_path / name)
+    model, info = sample.load_model(tmp_path / name)
     assert same_weights(model.state_dict(), state) and model.blocks[0].attn.num_heads == 6
-    assert info["space"] == "latent" and info["config"]["scale"] == 0.18215
+    assert info["space"] == "latent" and info["config"]["scale"] == 0.18215 and "assumed" not in info["config"]
     assert info["class_names"][207] == "golden retriever" and info["class_names"][360] == "otter"
+
+@pytest.mark.parametrize("args", [None, dict(num_classes=1000, data_path="/data/places")])
+def test_a_thousand_classes_need_not_be_imagenets(args, tmp_path):
+    state = official_state(num_classes=1000)
+    torch.save(state if args is None else training_file(state, **args), tmp_path / "x.pt")
+    assert sample.load_model(tmp_path / "x.pt")[1]["class_names"] == list(map(str, range(1000)))
+
+@pytest.mark.parametrize("args,rows,classes,null", [
+    (dict(num_classes=10), 11, 10, True), (dict(num_classes=10), 10, 10, False), (dict(num_classes=1), 1, 1, False),
+    (None, 11, 10, True), (None, 1, 1, False), (None, 1000, 1000, False), (dict(lr=1e-4), 4, 3, True)])
+def test_a_label_table_without_a_null_row_has_no_guidance(args, rows, classes, null, tmp_path):
+    """What the file says counts. Weights alone say nothing: what is assumed is a part of the config, and printed."""
+    state = official_state(num_classes=rows - 1)
+    torch.save(state if args is None else training_file(state, **args), tmp_path / "x.pt")
+    model, info = sample.load_model(tmp_path / "x.pt")
+    assert model.num_classes == len(info["class_names"]) == classes and (info["config"]["label_drop"] > 0) == null
+    assert torch.equal(model.y_embedder.embedding_table.weight[:rows], state["y_embedder.embedding_table.weight"])
+    assert sample.default_guidance(info["config"], info["class_names"]) == (4.0 if null else 1.0)
+    assert ("null label" in info["config"].get("assumed", "")) == (null and args is None)
+
+@pytest.mark.parametrize("args,sizes,name,words", [
+    (dict(model="SiT-S/2", path_type="Linear", prediction="velocity"), {}, "x.pt", "is a SiT"),
+    (None, {}, "SiT-XL-2-256x256.pt", "is a SiT"), (dict(num_classes=7), {}, "x.pt", "7 classes, .* 6 rows"),
+    (None, dict(in_channels=16), "x.pt", "16 channels"), (None, dict(in_channels=2), "x.pt", "2 channels"),
+    (None, dict(hidden_size=256, num_heads=8), "x.pt", "--num-heads")])
+def test_what_official_weights_do_not_say_is_not_guessed(args, sizes, name, words, tmp_path):
+    state = official_state(**sizes)
+    torch.save(state if args is None else training_file(state, **args), tmp_path / name)
+    with pytest.raises(sample.UserError, match=words):
+        sample.load_model(tmp_path / name)
+
+def test_heads_of_a_width_outside_of_table_1_are_asked_for(tmp_path):
+    state = official_state(hidden_size=256, num_heads=8)
+    torch.save(state, tmp_path / "x.pt")
+    model, _ = sample.load_model(tmp_path / "x.pt", num_heads=8)
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.tensor([0, 1])
+    ours = tiny_dit(input_size=4, in_channels=4, hidden_size=256, depth=1, num_heads=8)
+    ours.load_state_dict(state)
+    assert torch.equal(model(x, t, y), ours(x, t, y))
+
+@pytest.mark.parametrize("vae", ["ema", "mse"])
+def test_the_decoder_is_the_one_the_official_training_names(vae, tmp_path):
+    torch.save(training_file(official_state(), vae=vae), tmp_path / "x.pt")
+    assert sample.load_model(tmp_path / "x.pt")[1]["config"]["vae"] == f"stabilityai/sd-vae-ft-{vae}"
 
 @pytest.mark.parametrize("name", DiT_models)
 def test_sizes_of_official_weights_follow_from_their_shapes(name):
@@ -143,7 +190,7 @@ def test_sizes_of_official_weights_follow_from_their_shapes(name):
     ({"t_embedder.mlp.0.bias": [1.0]}, "do not fit .*t_embedder.mlp.0.bias"),
     (dict(pos_embed=None), "neither .* nor an official one .*pos_embed"), (dict(pos_embed=3), "nor an official one"),
     ({7: 8}, "nor an official one"), (dict(pos_embed=torch.zeros(4)), "nor an official one"),
-    ({"x_embedder.proj.weight": torch.zeros(390, 4, 2, 2)}, "hidden size 390")])
+    ({"x_embedder.proj.weight": torch.zeros(768, 4, 2, 2)}, "do not fit")])
 def test_weights_that_do_not_fit_are_named(change, words, tmp_path):
     state = official_state(depth=9) | change
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "x.pt")

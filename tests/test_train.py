@@ -31,7 +31,7 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(block, run):
 def test_a_checkpoint_carries_what_rebuilds_its_model(tiny_run):
     state = tiny_run.state
     assert set(state) == {"model", "ema", "opt", "step", "config", "model_args", "class_names"} and state["step"] == 6
-    assert {path.name for path in tiny_run.out.iterdir()} == {"ckpt.pt", "config.json", "log.csv"}
+    assert {path.name for path in tiny_run.out.iterdir()} == {"ckpt.pt", "config.json", "log.csv", ".lock"}
     DiT(**state["model_args"]).load_state_dict(state["model"])
 
 def test_resuming_cuts_the_rows_after_the_checkpoint(tmp_path):
@@ -130,7 +130,7 @@ def test_a_run_keeps_its_settings_and_its_folder(flags, words, tiny_run):
 
 TABLE = "y_embedder.embedding_table.weight"
 
-@pytest.mark.parametrize("source", ["run", "other classes", "official", "official training"])
+@pytest.mark.parametrize("source", ["run", "other names", "more classes", "official", "official training"])
 def test_a_run_starts_from_the_averaged_weights_of_another(source, run, tiny_run, tmp_path):
     """At a rate of 0 it ends with them. Other classes take a new label table. To resume, the file is not needed."""
     flags, state, path, said = "", tiny_run.state, tmp_path / "init.pt", "all weights"
@@ -138,23 +138,41 @@ def test_a_run_starts_from_the_averaged_weights_of_another(source, run, tiny_run
         flags = "--hidden-size 384 --depth 1 --num-heads 6"
         state = dict(model={}, opt={}, args=argparse.Namespace(model="DiT-S/2"),
                      ema=official_state(input_size=8, in_channels=3, num_classes=3))
-    if source == "other classes":
+    if source == "other names":
+        state["class_names"] = ["bee", "ant", "cat"]
+    if source == "more classes":
+        state["class_names"], state["model_args"]["num_classes"] = list("abcdefg"), 7
         state["ema"][TABLE] = torch.randn(8, 32)
     torch.save(state["ema"] if source == "official" else state, path)
     begun = run(flags, "--lr 0 --steps 1 --init", path)
     ours, theirs = begun.state, state["ema"]
-    if source == "other classes":
+    if source != "run":                                                           # official files do not name classes
         del theirs[TABLE]
         said = "all weights but the label table"
-        assert ours["ema"][TABLE].shape == (4, 32) and 0.01 < ours["ema"][TABLE].std() < 0.03
+        assert len(ours["ema"][TABLE]) == 4 and 0.01 < ours["ema"][TABLE].std() < 0.03
     assert all(torch.equal(ours[key][name], weight) for key in ("ema", "model") for name, weight in theirs.items())
     assert f"{said} taken from {path}" in begun.text
     path.unlink()
     run("--steps 2", resume=begun)
 
-def test_init_from_another_model_names_what_does_not_fit(run, tiny_run):
-    said = run("--hidden-size 48 --init", tiny_run.checkpoint, status=2).text
-    assert f"{tiny_run.checkpoint} do not fit" in said and "x_embedder.proj" in said and not list(run.folder.iterdir())
+@pytest.mark.parametrize("flags,words", [
+    ("--hidden-size 48", "hidden_size 32, not 48"), ("--num-heads 8", "num_heads 4, not 8"),
+    ("--block adaln", "block adaln-zero, not adaln")])
+def test_init_from_another_model_says_what_differs(flags, words, run, tiny_run):
+    """With other heads, all shapes fit, and yet it is another function."""
+    assert words in run(flags, "--init", tiny_run.checkpoint, status=2).text and not list(run.folder.iterdir())
+
+@pytest.mark.parametrize("names,kept", [(["n01440764", *map(str, range(998)), "n15075141"], True),
+                                        (list(map(str, range(1000))), False)])
+def test_imagenets_official_label_table_is_kept_for_imagenet_alone(names, kept, tmp_path):
+    """The folders of ImageNet are named by their wnids, from tench to toilet paper."""
+    sizes = dict(hidden_size=384, depth=1, num_heads=6, num_classes=1000)
+    state, path = official_state(**sizes), tmp_path / "DiT-XL-2-256x256.pt"
+    torch.save(state, path)
+    cfg = train.Config(image_size=32, vae="vae", patch_size=2, device="cpu", **{k: sizes[k] for k in list(sizes)[:3]})
+    training = train.Training(cfg, train.Runtime(cfg), 1000)
+    training.start_from(path, dict(model_args=train.model_args(cfg, 1000), class_names=names))
+    assert torch.equal(training.ema.state_dict()[TABLE], state[TABLE]) == kept
 
 
 # Precision, compilation, devices --------------------------------------------------------------------------------------
