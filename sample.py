@@ -304,7 +304,7 @@ def set_labels(args, class_names):
     lines = [line.strip().replace("\t", ":") for line in text.split("\n")[:args.num_samples]]  # or a labels.txt
     if len(lines) < args.num_samples:
         raise UserError(f"--labels {args.labels} has {len(lines)} lines: it needs {args.num_samples} (--num-samples)")
-    numbers = {line: class_number(line, class_names) for line in set(lines)}
+    numbers = {line: class_number(line, class_names) for line in dict.fromkeys(lines)}
     return [numbers[line] for line in lines]
 
 
@@ -377,7 +377,7 @@ def class_number(word, class_names):
         if same_number or word in (str(i), name, f"{i}:{name}"):
             readings[f"{i}:{name}"] = i
     if len(readings) > 1:
-        raise UserError(f"class {word!r} is one's number and another's name: write {' or '.join(readings)}")
+        raise UserError(f"class {word!r} could be {' or '.join(readings)} (number:name): write one of these")
     if not readings:
         raise UserError(f"no class {word!r}: choose from 0..{len(class_names) - 1} or {', '.join(class_names[:10])}")
     return readings.popitem()[1]

@@ -598,6 +598,8 @@ def list_folder(data, skipped):
     """({class: paths of its pictures}, {what is left out: paths}) of the folder `data`."""
     classes, left_out = {}, {}
     top, files = files_below(data, skipped)
+    if twins := [name for name in top if nfc(name) in top and nfc(name) != name]:
+        raise UserError(f"{data} has two folders {twins[0]}, in two spellings of Unicode: rename one")
     for path in sorted(files, key=os.path.split):
         name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
         if not os.path.exists(path):
