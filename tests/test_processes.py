@@ -188,6 +188,15 @@ def test_a_run_that_came_and_went_in_the_meantime_is_not_overwritten(run, monkey
     assert "already holds a run" in run("--steps 4", status=2).text
     assert torch.load(run.folder / "run1" / "ckpt.pt")["step"] == 2
 
+def test_all_processes_have_read_their_data_before_one_builds_its_model(run, monkeypatch):
+    """DDP's first exchange waits for minutes; listing a folder or loading a VAE may take longer on one machine."""
+    events = []
+    for owner, name in ((train, "open_source"), (train.Runtime, "barrier"), (train, "Training")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name, call=call: events.append(name) or call(*args))
+    run("--steps 1")
+    assert events[:3] == ["open_source", "barrier", "Training"]
+
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_processes_that_torchrun_has_not_started_are_refused(name, run, tiny_run, monkeypatch):
     monkeypatch.setenv(name, "8")

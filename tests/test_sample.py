@@ -373,6 +373,7 @@ def test_a_set_never_mixes_two_vaes_and_prints_what_a_table_needs(official, vae_
     sample_py(*flags, vae_folder)
     said, other = capsys.readouterr().out, shutil.copytree(vae_folder, tmp_path / "other")
     assert all(words in said for words in ("ddim", "2 steps", "guidance 1.5", str(vae_folder)))
+    assert "official.pt holds weights alone: taken for a DiT that predicts the noise, with 10 classes" in said
     assert Image.open(tmp_path / "set" / "000000.png").size == (32, 32)
     assert f"another set, with vae {vae_folder}" in refusal(sample.main, *flags, other, folder=tmp_path / "set")
 
@@ -455,7 +456,7 @@ REFUSED = [
     (f"{SETS} --num-samples 0", "--num-samples"), ("run.pt --num-samples 2", "--cfg-scale"),
     (f"{SETS} --gif x", "--gif"), (f"{SETS} --classes 1", "--labels"), (f"{SETS} --labels no.txt", "no.txt"),
     ("latent.pt --vae EMPTY", "AutoencoderKL"), ("latent.pt --vae OTHER-VAE", "3 channels of 1/4 of the size"),
-    ("latent.pt --vae no/such/vae", "no VAE 'no/such/vae'"),
+    ("latent.pt --vae no/such/vae", "no VAE 'no/such/vae'"), ("run.pt --num-heads 2", "has 4 heads"),
     ("latent.pt --cfg-channels 5", "1 to 4"), ("latent.pt --cfg-channels 0", "--cfg-channels"),
     ("no_null.pt --cfg-scale 2", "--cfg-scale 1"), ("no_null.pt --cfg-scale 0", "label dropout"),
     *((f"{name}.pt", f"{name}.pt") for name in "missing text empty half flipped other types malicious".split())]
