@@ -123,7 +123,7 @@ class Film:
             self.frames.append(Image.fromarray(np.concatenate(pair, axis=1)))
 
     def save(self, path, milliseconds=60, hold=2000):
-        self.frames[0].save(path, save_all=True, append_images=self.frames[1:], loop=0,
+        self.frames[0].save(path, format="gif", save_all=True, append_images=self.frames[1:], loop=0,
                             duration=[milliseconds] * (len(self.frames) - 1) + [hold])
 
 
@@ -151,13 +151,15 @@ def load_checkpoint(path, check=True, num_heads=None):
         raise UserError(f"no checkpoint {path}: give the path of a .pt file, or {' or '.join(OFFICIAL)}")
     with explaining(f"cannot read {path}", "ask its owner for the right to read it", OSError):
         open(path, "rb").close()
-    # damaged bytes make the unpickler raise anything
-    with explaining(f"{path} is damaged, or not a checkpoint", "give a ckpt.pt that train.py wrote", Exception):
+    try:
         zipped = zipfile.is_zipfile(path)                           # files of torch before 1.6 are not
         if check and zipped and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):              # the official train.py's settings
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception:                                               # damaged bytes make the unpickler raise anything
+        raise UserError(f"{path} is damaged, or not a checkpoint of tensors and plain values: give a ckpt.pt that "
+                        "train.py wrote") from None
 
     found = checkpoint if isinstance(checkpoint, dict) else {}
     if isinstance(found.get("args"), argparse.Namespace):
@@ -167,9 +169,11 @@ def load_checkpoint(path, check=True, num_heads=None):
     kinds = dict(model=dict, ema=dict, opt=dict, step=int, config=dict, model_args=dict, class_names=list)
     lacking = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
     if not lacking:
-        settings = ["cfg_scale", "label_drop", *["vae"] * ("scale" in found["config"])]
-        lacking = [f"config[{name!r}]" for name in settings if name not in found["config"]]
-        lacking += ["a name for each class"] * (len(found["class_names"]) != found["model_args"].get("num_classes"))
+        config, names = found["config"], found["class_names"]
+        kinds = dict(cfg_scale=float | int, label_drop=float | int) | (dict(vae=str) if "scale" in config else {})
+        lacking = [f"config[{name!r}]" for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
+        if len(names) != found["model_args"].get("num_classes") or not all(isinstance(name, str) for name in names):
+            lacking.append("a name for each class")
     if lacking:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(lacking)}")
     return checkpoint
@@ -201,25 +205,27 @@ def official_checkpoint(path, state, args=None, num_heads=None):
     with explaining(f"{path} is neither a checkpoint of train.py nor an official one", "give one of them",
                     KeyError, TypeError, ValueError, AttributeError, IndexError):
         width, channels, p, _ = state["x_embedder.proj.weight"].shape
-        tokens, rows = state["pos_embed"].shape[1], len(state[table])
+        tokens, (rows, _) = state["pos_embed"].shape[1], state[table].shape
         learn_sigma = len(state["final_layer.linear.weight"]) == 2 * channels * p * p
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    if "SiT" in str(getattr(args, "model", name)) or hasattr(args, "prediction"):
+    if str(getattr(args, "model", name)).lower().startswith("sit") or hasattr(args, "prediction"):
         raise UserError(f"{path} is a SiT, which does not predict the noise of DiT's diffusion: use SiT's own code")
     if channels not in (3, 4):
         raise UserError(f"{path} makes {channels} channels: it takes 3 (pixels) or 4 (Stable Diffusion's latents)")
 
     # the number of heads leaves no trace in the shapes
     table_1 = {size.keywords["hidden_size"]: size.keywords["num_heads"] for size in DiT_models.values()}
-    if width not in table_1 and num_heads is None:
+    num_heads = num_heads or table_1.get(width)
+    if num_heads is None:
         raise UserError(f"{path} does not say its number of heads, and Table 1 has no width {width}: add --num-heads")
 
     # the last row is the null label, unless the model was trained without label dropout
     classes = getattr(args, "num_classes", rows if rows in (1, 1000) else rows - 1)
-    if classes not in (rows, rows - 1):
-        raise UserError(f"{path} says {classes} classes, but its label table has {rows} rows: is it whole?")
+    if type(classes) is not int or classes not in (rows, rows - 1) or classes < 1:
+        raise UserError(f"{path} says {classes!r} classes, but its label table has {rows} rows: it needs one for each "
+                        "class, and may have one more")
     if classes == rows:
-        state = state | {table: torch.cat([state[table], torch.zeros(1, width)])}
+        state = state | {table: torch.cat([state[table], torch.zeros_like(state[table][:1])])}
     published = name in [Path(url).name for url in OFFICIAL.values()]
     class_names = [str(c) for c in range(classes)]
     if classes == 1000 and (published or "imagenet" in str(getattr(args, "data_path", "")).lower()):
@@ -232,8 +238,7 @@ def official_checkpoint(path, state, args=None, num_heads=None):
     if args is None and not published:
         config["assumed"] = f"{classes} classes" + (" and the null label" if classes < rows else "")
     model_args = dict(input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=channels, hidden_size=width,
-                      depth=depth, num_heads=table_1.get(width, num_heads), num_classes=classes,
-                      learn_sigma=learn_sigma)
+                      depth=depth, num_heads=num_heads, num_classes=classes, learn_sigma=learn_sigma)
     return dict(model=state, ema=state, opt={}, step=0, config=config, model_args=model_args, class_names=class_names)
 
 
@@ -253,7 +258,7 @@ def load_model(path_or_name, device="cpu", num_heads=None):
     """
     checkpoint = load_checkpoint(path_or_name, num_heads=num_heads)
     with explaining(f"{path_or_name} describes an impossible model", "is it a DiT?",
-                    TypeError, ValueError, ZeroDivisionError), torch.device("meta"):
+                    TypeError, ValueError, ZeroDivisionError, RuntimeError), torch.device("meta"):
         model = DiT(**checkpoint["model_args"])
     model = model.to_empty(device="cpu")
     load_strictly(path_or_name, model, checkpoint["ema"])
@@ -372,8 +377,9 @@ def write_npz(path, pictures):
 def class_number(word, class_names):
     """The number of a class from its name, its number, or both as in 3:heart. UserError if two classes fit."""
     word, readings = unicodedata.normalize("NFC", word), {}
-    for i, name in enumerate(unicodedata.normalize("NFC", name) for name in class_names):
-        same_number = word.isdecimal() and name.isdecimal() and word == name.lstrip("0")      # 1 may mean the folder 01
+    for i, name in enumerate(unicodedata.normalize("NFC", name).strip() for name in class_names):
+        # 1 may mean the folder 01, or 001.albatross
+        same_number = word.isdecimal() and re.match(f"0*{word}(?![0-9A-Za-z])", name)
         if same_number or word in (str(i), name, f"{i}:{name}"):
             readings[f"{i}:{name}"] = i
     if len(readings) > 1:
@@ -439,11 +445,11 @@ def main(argv):
     config, class_names, latent = info["config"], info["class_names"], info["space"] == "latent"
 
     # what the model can do
-    if "assumed" in config:
+    if "assumed" in config and os.environ.get("RANK", "0") == "0":
         print(f"note: {args.checkpoint} holds weights alone: taken for a DiT that predicts the noise, with "
               f"{config['assumed']}")
-    if args.num_heads not in (None, info["model_args"]["num_heads"]):
-        raise UserError(f"{args.checkpoint} has {info['model_args']['num_heads']} heads: leave --num-heads out")
+    if args.num_heads not in (None, heads := info["model_args"].get("num_heads")):
+        raise UserError(f"{args.checkpoint} has {heads} heads: leave --num-heads out")
     if args.vae and not latent:
         raise UserError(f"{args.checkpoint} makes pixels: leave --vae out")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= model.in_channels:
@@ -484,20 +490,25 @@ def make_grid(args, class_names, draw, to_picture, how):
         raise UserError(f"--gif shows one batch: ask for fewer than {len(labels)} images, or raise --batch-size")
     film = Film(args.per_class, args.steps, to_picture=to_picture) if args.gif else None
     batches = [range(len(labels))[k:k + args.batch_size] for k in range(0, len(labels), args.batch_size)]
-    images = []
+    images, stopped = [], False
     try:
         for batch in batches:
             images.append(draw([labels[i] for i in batch], batch, on_step=film, progress=tqdm))
     except KeyboardInterrupt:                                       # the batches that are drawn are not lost
         if not images:
             raise
+        stopped = True
     images = torch.cat(images)
-    with writing(args.out):
-        grid_image(images, args.per_class).save(args.out)
-        if film:
-            film.save(args.gif)
-    print(f"{args.out}: {len(images)} images, one row per class ({', '.join(class_names[c] for c in classes)}); {how}, "
-          f"seed {args.seed} (--seed for others)" + (f"; {args.gif}: x_t and the predicted x_0" if film else ""))
+    with atomic_write(Path(args.out)) as file:
+        grid_image(images, args.per_class).save(file, format="png" if args.out.endswith(".png") else "jpeg")
+    if film:
+        with atomic_write(Path(args.gif)) as file:
+            film.save(file)
+    rows = ", ".join(class_names[c] for c in dict.fromkeys(labels[:len(images)]))
+    print(f"{args.out}: {len(images)} images, one row per class ({rows}); {how}, seed {args.seed} (--seed for others)"
+          + (f"; {args.gif}: x_t and the predicted x_0" if film else ""))
+    if stopped:
+        raise KeyboardInterrupt
 
 
 # Helpers that train.py shares -----------------------------------------------------------------------------------------
@@ -539,7 +550,7 @@ def run(main, less_memory):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (UserError, RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|RESOURCE_EXHAUSTED", str(error)):
+        if out_of_memory(error):
             error = UserError(f"out of memory: {less_memory}")
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             error = UserError(f"torch.compile does not work here: use --no-compile ({str(error)[:200]})")
@@ -556,12 +567,18 @@ def explaining(what, remedy, *errors):
     try:
         yield
     except errors as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{what} ({str(error)[:300] or type(error).__name__}): {remedy}") from None
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory|RESOURCE_EXHAUSTED", str(error))
 
 
 def writing(path):
     """Inside, a failure to write is a UserError."""
-    errors = OSError, RuntimeError, ValueError                      # torch.save and json turn one into another
+    errors = OSError, RuntimeError, ValueError, OverflowError       # torch.save, json and Pillow turn one into another
     return explaining(f"cannot write {path}", "make room, or choose another folder", *errors)
 
 
@@ -584,7 +601,7 @@ def atomic_write(path, mode="wb", **kwargs):
 
 def pick_device(name):
     """torch.device for a name, or for auto: cuda, mps or cpu. Under torchrun, cuda is this process's own GPU."""
-    tasks = [int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    tasks = [int(os.environ.get(name) or 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if max(tasks) > 1 and "RANK" not in os.environ:
         raise UserError(f"srun or mpirun has started {max(tasks)} processes, and each would do the whole work: let it "
                         "start one torchrun on each machine")

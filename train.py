@@ -24,6 +24,7 @@ In this file, from the paper outwards:
     Command line             parse_args, main
 """
 import argparse
+import collections
 import colorsys
 import contextlib
 import copy
@@ -36,6 +37,7 @@ import json
 import os
 import shlex
 import signal
+import stat
 import sys
 import time
 import unicodedata
@@ -188,12 +190,13 @@ class Training:
         ours: what a checkpoint of this run says. The same weights with other heads would be another function.
         """
         sizes, table = ours["model_args"], "y_embedder.embedding_table.weight"
-        theirs = load_checkpoint(path, num_heads=sizes["num_heads"])
+        in_table_1 = any(size.keywords["hidden_size"] == sizes["hidden_size"] for size in DiT_models.values())
+        theirs = load_checkpoint(path, num_heads=None if in_table_1 else sizes["num_heads"])
         different = [f"{name} {size}, not {sizes[name]}" for name, size in theirs["model_args"].items()
                      if name in sizes.keys() - {"num_classes"} and size != sizes[name]]
         if different:
             raise UserError(f"--init {path} is a model with {'; '.join(different)}: give this run the same sizes")
-        names, others = ours["class_names"], theirs["class_names"]
+        names, others = (list(map(nfc, about["class_names"])) for about in (ours, theirs))
         imagenet = (names[0], names[-1], others[0]) == ("n01440764", "n15075141", "tench")
         same_classes = names == others or (imagenet and len(names) == len(others))
         new_table = {} if same_classes else {table: self.model.state_dict()[table]}
@@ -209,6 +212,8 @@ class Training:
         self.ema.load_state_dict(state["ema"])
         # the moments, copied out of the file; lr and the like are this run's, `fused` and the like this device's
         moments = dict(state["opt"], param_groups=self.opt.state_dict()["param_groups"])
+        if len(moments["state"]) != len(list(self.model.parameters())):
+            raise ValueError("it lacks moments of AdamW")
         self.opt.load_state_dict(copy.deepcopy(moments))
 
 
@@ -255,15 +260,16 @@ def train(cfg, rt):
     """Train from the start, or from the run's checkpoint, until the last step or a signal."""
     # what is learned from, and what learns
     source, codec = open_source(cfg), Latents(cfg, rt) if cfg.vae else Pixels()
-    rt.barrier()                                                    # some machines read faster than others
-    training, diffusion = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device)
     about = about_run(cfg, source, codec)
+    rt.barrier()                                                    # one machine may have read for hours
+    rt.check_same(rt.dtype, about["config"] | dict(data="", vae="", cache="", resume=""))
+    training, diffusion = Training(cfg, rt, len(source.class_names)), GaussianDiffusion().to(rt.device)
     start = steps_done(cfg, rt, training, about)
 
     # prepare the images, which can take hours; then start together
     images, labels = prepare_data(cfg, rt, source, codec)
     rt.barrier()
-    rt.check_same(start, rt.dtype, about["config"] | dict(data="", vae="", cache="", resume=""))
+    rt.check_same(start)
     folder = Folder(cfg, start, writes=rt.rank == 0)
     announce(cfg, rt, training.model, source)
 
@@ -364,8 +370,8 @@ def announce(cfg, rt, model, source):
     rt.say(f"{cfg.model or 'DiT'} {cfg.block}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
            f"{n} images, {len(names)} classes ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}), "
            f"{cfg.steps * cfg.batch_size / n:.1f} epochs; {devices}, {str(rt.dtype).removeprefix('torch.')}; {cfg.out}")
-    if source.left_out:
-        rt.say(f"left out of {cfg.data}: {source.left_out}")
+    if source.note:
+        rt.say(f"note: {source.note}")
     if 0 < cfg.lr_decay_steps < cfg.steps:
         rt.say(f"note: after step {cfg.lr_decay_steps} (--lr-decay-steps) the learning rate is 0: nothing is learned")
 
@@ -392,11 +398,7 @@ class Folder:
             return
         with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.out / ".lock", timeout=0, is_singleton=True)
-            remedy = "wait for its end, or choose another folder with --out"
-            with explaining(f"another run is writing into {cfg.out}", remedy, Timeout):
-                with contextlib.suppress(NotImplementedError):      # a file system without locks
-                    self.lock.acquire()
+            self.lock = hold(cfg)
             refuse_a_second_run(cfg)                                # it may have come and gone since the start
             for folder in (self.out, self.out / "samples"):
                 for half in folder.glob("*.????????.part"):         # left by a killed run
@@ -436,6 +438,19 @@ class Folder:
                 image.save(file, format="png")
 
 
+def hold(cfg):
+    """The lock of the run's folder, for as long as the result lives. UserError if another run has it."""
+    lock = FileLock(Path(cfg.out) / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run is writing into {cfg.out}: wait for its end, or choose another folder with --out "
+                        "(if there is no other run, remove its file .lock)") from None
+    except (OSError, NotImplementedError):                          # a file system without locks
+        pass
+    return lock
+
+
 def about_run(cfg, source, codec):
     """What a checkpoint says about its run: the settings, the images, and how to rebuild the model."""
     data_digest = digest(source.identity, source.class_names, codec.identity)
@@ -463,7 +478,7 @@ class Source(NamedTuple):
     class_names: list
     labels: list
     load: Callable              # i -> uint8 (I, I, 3), or UserError
-    left_out: str = ""          # what lies beside the images
+    note: str = ""              # such as what is left out
 
 
 SHAPES = {                      # name -> whether (x, y) is inside; y points up, the shape fills [-1, 1]^2
@@ -559,34 +574,17 @@ def open_cifar10(cfg):
                   lambda i: center_crop(Image.fromarray(data.data[i]), cfg.image_size))
 
 
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "IPTC"}         # Pillow knows but does not draw them
+
+
 def is_picture(path):
-    """Whether Pillow reads files with this extension, or else knows the content."""
-    with contextlib.suppress(Exception):
-        if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.OPEN:
-            Image.open(path).close()
-        return True
-    return False
-
-
-def files_below(data, skipped):
-    """The folders in the folder `data`, and all files below it. A folder that links lead back to is visited once.
-
-    Not looked at: what is hidden, thumbnails of a NAS, resource forks of a Mac, runs, and the folders `skipped`.
-    """
-    def fail(error):
-        raise error
-
-    files, top, seen = [], None, {os.path.realpath(folder) for folder in skipped}
-    for folder, folders, names in os.walk(data, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = sorted(name for name in folders if name[0] != "." and name not in ("@eaDir", "__MACOSX"))
-        if real in seen or "ckpt.pt" in names:
-            folders.clear()
-        else:
-            files += [os.path.join(folder, name) for name in names if name[0] != "."]
-        seen.add(real)
-        top = folders.copy() if top is None else top
-    return top, files
+    """Whether Pillow reads files with this extension, or else the content. (TGA has no mark in its content.)"""
+    Image.init()
+    kind = Image.EXTENSION.get(Path(path).suffix.lower())
+    if kind not in Image.OPEN:
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            kind = image.format if image.format != "TGA" else None
+    return kind in Image.OPEN.keys() - NO_PICTURES
 
 
 def nfc(text):
@@ -594,57 +592,98 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
+HIDDEN = ("@eaDir", "__MACOSX", "lost+found")                       # what a NAS, a Mac and a disk keep for themselves
+OUTPUTS = {"config.json", "log.csv"}, {"settings.json", "labels.txt"}       # the files that mark a run, and a set
+
+
 def list_folder(data, skipped):
-    """({class: paths of its pictures}, {what is left out: paths}) of the folder `data`."""
-    classes, left_out = {}, {}
-    top, files = files_below(data, skipped)
-    if twins := [name for name in top if nfc(name) in top and nfc(name) != name]:
-        raise UserError(f"{data} has two folders {twins[0]}, in two spellings of Unicode: rename one")
-    for path in sorted(files, key=os.path.split):
-        name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
-        if not os.path.exists(path):
-            left_out.setdefault("links that lead nowhere", []).append(path)
-        elif not os.path.isfile(path) or not is_picture(path):
-            left_out.setdefault("files that are no pictures", []).append(path)
-        elif not below:
-            left_out.setdefault("pictures outside of the class folders", []).append(path)
-        else:
-            classes.setdefault(name, []).append(path)
-    if empty := [os.path.join(data, name) for name in top if nfc(name) not in classes]:
-        left_out["folders without pictures"] = empty
+    """({class: [(path, os.stat)] of its pictures}, {what is left out: paths}) of the folder `data`.
+
+    Not looked at: what is hidden. Each folder is read once; if links lead to it, then under its own name.
+    """
+    def fail(error):
+        raise error
+
+    classes, left_out, top, starts = {}, collections.defaultdict(list), [], [data]
+    skipped, seen = set(map(os.path.realpath, skipped)), set(map(str, Path(os.path.realpath(data)).parents))
+    for start in starts:                                            # folders that links lead to are added at the end
+        for folder, folders, names in os.walk(start, onerror=fail):
+            real = os.path.realpath(folder)
+            if real in seen or real in skipped or any(marks <= set(names) for marks in OUTPUTS):
+                kind = "links to folders that are read anyway" if real in seen else "folders of runs and sets"
+                left_out[kind].append(folder)
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name not in HIDDEN)
+            starts += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+            top = folders.copy() if folder == data else top
+            for path in (os.path.join(folder, name) for name in names if name[0] != "."):
+                name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
+                try:
+                    status = os.stat(path)
+                except OSError:
+                    if not os.path.islink(path):
+                        raise
+                    left_out["links that lead nowhere"].append(path)
+                    continue
+                if not stat.S_ISREG(status.st_mode) or not is_picture(path):
+                    left_out["files that Pillow does not read"].append(path)
+                elif below:
+                    classes.setdefault(name, []).append((path, status))
+                else:
+                    left_out["pictures beside the class folders"].append(path)
+
+    if len(set(map(nfc, top))) < len(top):
+        raise UserError(f"{data} has folders of one name in two spellings of Unicode: rename one")
+    told = {path for paths in left_out.values() for path in paths}
+    for name in top:
+        path = os.path.join(data, name)
+        if nfc(name) not in classes and path not in told:
+            left_out["folders without pictures"].append(path)
+    for found in classes.values():
+        found.sort(key=lambda pair: os.path.split(pair[0]))
     return dict(sorted(classes.items())), left_out
 
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 def open_folder(cfg):
     data = cfg.data
     link = f", a link to {os.readlink(data)}," if os.path.islink(data) else ""
-    with explaining(f"no images in --data {data}{link}", "it should hold one folder per class", OSError):
+    with explaining(f"cannot read --data {data}{link}", "it should hold one folder per class", OSError):
         classes, left_out = list_folder(data, skipped=[cfg.out, cfg.cache])
-        paths = [path for some in classes.values() for path in some]
-        stats = [os.stat(path) for path in paths]
-    said = "; ".join(f"{len(some)} {kind}, such as {os.path.relpath(some[0], data)}" for kind, some in left_out.items())
+    said = "; ".join(f"{kind}: {len(paths)}, such as {os.path.relpath(min(paths), data)}"
+                     for kind, paths in left_out.items())
     if not classes:
         raise UserError(f"no images in --data {data} ({said or 'it is empty'}): it should hold one folder per class")
-    nested = [name for name, some in classes.items() if os.path.dirname(some[0]) != os.path.join(data, name)]
-    if nested and {name.lower() for name in classes} <= SPLITS:
-        largest = max(nested, key=lambda name: len(classes[name]))
+
+    # folders of folders
+    deep = {name: [path for path, _ in found if os.path.dirname(path) != os.path.join(data, name)]
+            for name, found in classes.items()}
+    if any(deep.values()) and {name.lower() for name in classes} <= SPLITS:
+        largest = max(deep, key=lambda name: len(deep[name]))
         raise UserError(f"{data} has splits ({', '.join(classes)}) and not classes: choose one, such as --data "
                         f"{os.path.join(data, largest)}")
+    note = f"left out of {data}: {said}" if said else ""
+    if all(len(deep[name]) == len(classes[name]) for name in classes):
+        note += f"{'; ' * bool(note)}all pictures lie deeper than the class folders: is {data} the right level?"
+
+    pictures = [found for some in classes.values() for found in some]
 
     def load(i):
+        path, _ = pictures[i]
         try:
-            with Image.open(paths[i]) as image:
+            with Image.open(path) as image:
                 return center_crop(image, cfg.image_size)
         except Exception as error:                                  # decoders raise anything
-            raise UserError(f"{paths[i]} ({type(error).__name__}: {str(error)[:100]})") from None
+            reason = str(error).replace(repr(path), "it")[:100]
+            raise UserError(f"{path} ({type(error).__name__}: {reason})") from None
 
-    identity = [(nfc(os.path.relpath(path, data)).replace(os.sep, "/"), stat.st_size)
-                for path, stat in zip(paths, stats, strict=True)]
+    identity = [(nfc(os.path.relpath(path, data)).replace(os.sep, "/"), status.st_size) for path, status in pictures]
     labels = [label for label, some in enumerate(classes.values()) for _ in some]
-    return Source(identity, [stat.st_mtime_ns for stat in stats], list(classes), labels, load, said)
+    return Source(identity, [status.st_mtime_ns for _, status in pictures], list(classes), labels, load, note)
 
 
 class Pixels:
@@ -738,7 +777,8 @@ def prepare_data(cfg, rt, source, codec):
         # first this process's share, then what is left of the others', from the end
         with tqdm(total=n, desc=f"preparing {cfg.data}", unit="image", disable=rt.rank > 0) as bar:
             for indices in [*mine, *(part for part in reversed(paths) if part not in mine)]:
-                if not paths[indices].exists():
+                have_been_read = broken and codec.slow and indices in mine
+                if not paths[indices].exists() and not have_been_read:
                     images = list(pool.map(load, indices))
                     if not broken:                                  # else go on, to tell all of them
                         images = codec.encode(np.stack(images))
@@ -747,7 +787,7 @@ def prepare_data(cfg, rt, source, codec):
                 bar.update(len(indices))
     if broken:
         first = [broken[i] for i in sorted(broken)[:10]]
-        raise UserError(f"cannot read {len(broken)} of {n} pictures, repair or remove them: {'; '.join(first)}")
+        raise UserError(f"cannot read {len(broken)} of {n} pictures: repair or remove {'; '.join(first)}")
     return Parts(paths.values(), size), np.array(source.labels)
 
 
@@ -1019,7 +1059,7 @@ def parse_args(argv):
     data = flags.get("data")
     if data in BUILT_IN and os.path.isdir(data):
         raise UserError(f"--data {data} could be the built-in {data} or the folder {data} here: write ./{data} for the "
-                        f"folder, or --preset {data} and no --data")
+                        "folder, or start in another folder for the built-in one")
     if data and data not in BUILT_IN:
         flags["data"] = os.path.abspath(data)                       # a resumed run finds it from any folder
     if os.path.exists(flags.get("vae", "")):
@@ -1056,8 +1096,14 @@ def resumed_config(flags):
         raise UserError(f"{folder} is a run of an older version, which drew other random numbers: finish it with that "
                         f"version, or start a new run from its weights with --init {shlex.quote(folder)} --out NEW")
     config = {field.name: saved["config"].get(field.name) for field in dataclasses.fields(Config)}
-    if wrong := [field.name for field in dataclasses.fields(Config) if not isinstance(config[field.name], field.type)]:
-        raise UserError(f"{folder}/ckpt.pt lacks settings of its run ({', '.join(wrong)}): was it changed by hand?")
+    with explaining(f"{folder}/ckpt.pt has settings that no run has", "was it changed by hand?", ValueError,
+                    argparse.ArgumentTypeError):
+        for field in dataclasses.fields(Config):
+            value, kind, choices = config[field.name], field.metadata["type"], field.metadata["choices"]
+            if not isinstance(value, field.type) or (choices and value not in choices):
+                raise ValueError(f"{field.name} {value}")
+            if kind:
+                kind(str(value))
     latents_or_pixels = {"vae"} if not flags.get("vae") or not config["vae"] else set()
     different = [f"--{name.replace('_', '-')} {value} (the run has {config[name]})" for name, value in flags.items()
                  if name not in MAY_CHANGE - latents_or_pixels and value != config[name]]
@@ -1066,7 +1112,7 @@ def resumed_config(flags):
                         "--out")
     cfg = Config(**config | flags | dict(out=folder, resume=folder))
     check(cfg)
-    if cfg.steps <= saved["step"]:
+    if not 0 < saved["step"] < cfg.steps:
         raise UserError(f"{folder} has done {saved['step']} steps: ask for more with --steps")
     return cfg
 
@@ -1090,7 +1136,9 @@ def main(argv):
     cfg = parse_args(argv)
     rt = open_runtime(cfg)
     try:
-        train(cfg, rt)
+        # a run that exists is held before its checkpoint is read, a new one when its folder is made
+        with hold(cfg) if rt.rank == 0 and (Path(cfg.out) / ".lock").exists() else contextlib.nullcontext():
+            train(cfg, rt)
         rt.close()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 
+import filelock
 import pytest
 import torch
 from conftest import DESIGNS, LATENT, RECIPE, ROOT, Run, popen, refusal, tiny_dit
@@ -175,6 +176,22 @@ def test_a_run_holds_its_folder_until_it_ends_or_is_killed(run):
     first.process.wait()
     step = first.state["step"]
     assert run(f"--steps {step + 1}", resume=first).state["step"] == step + 1
+
+def test_a_resumed_run_is_held_before_its_checkpoint_is_read(run, monkeypatch):
+    """Or it could go on from a step that the other run has left behind."""
+    begun, held = run("--steps 2"), []
+
+    def load_checkpoint(path, check=True):
+        other = filelock.FileLock(begun.out / ".lock", timeout=0)
+        held.append(pytest.raises(filelock.Timeout, other.acquire))
+        return whole(path, check)
+    whole = train.load_checkpoint
+    monkeypatch.setattr(train, "resumed_config", lambda flags: train.Config(**resumed | flags))
+    resumed = {key: value for key, value in begun.state["config"].items() if key in vars(train.Config())} | dict(
+        steps=3, out=str(begun.out))
+    monkeypatch.setattr(train, "load_checkpoint", load_checkpoint)
+    run("--steps 3", resume=begun)
+    assert held and begun.state["step"] == 3
 
 def test_a_run_that_came_and_went_in_the_meantime_is_not_overwritten(run, monkeypatch):
     """Its folder was free when this run was started, and is free again."""

@@ -148,7 +148,8 @@ def test_a_label_table_without_a_null_row_has_no_guidance(args, rows, classes, n
 
 @pytest.mark.parametrize("args,sizes,name,words", [
     (dict(model="SiT-S/2", path_type="Linear", prediction="velocity"), {}, "x.pt", "is a SiT"),
-    (None, {}, "SiT-XL-2-256x256.pt", "is a SiT"), (dict(num_classes=7), {}, "x.pt", "7 classes, .* 6 rows"),
+    (None, {}, "SiT-XL-2-256x256.pt", "is a SiT"), (None, {}, "sit_b.pt", "is a SiT"),
+    *((dict(num_classes=odd), {}, "x.pt", "classes, .* 6 rows") for odd in (7, 5.0, "5", None)),
     (None, dict(in_channels=16), "x.pt", "16 channels"), (None, dict(in_channels=2), "x.pt", "2 channels"),
     (None, dict(hidden_size=256, num_heads=8), "x.pt", "--num-heads")])
 def test_what_official_weights_do_not_say_is_not_guessed(args, sizes, name, words, tmp_path):
@@ -157,12 +158,14 @@ def test_what_official_weights_do_not_say_is_not_guessed(args, sizes, name, word
     with pytest.raises(sample.UserError, match=words):
         sample.load_model(tmp_path / name)
 
-def test_heads_of_a_width_outside_of_table_1_are_asked_for(tmp_path):
-    state = official_state(hidden_size=256, num_heads=8)
+@pytest.mark.parametrize("width", [256, 384])
+def test_heads_may_be_said(width, tmp_path):
+    """For widths that are not in Table 1 they have to be; for others Table 1 is the default."""
+    state = official_state(hidden_size=width, num_heads=8)
     torch.save(state, tmp_path / "x.pt")
     model, _ = sample.load_model(tmp_path / "x.pt", num_heads=8)
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), torch.tensor([0, 1])
-    ours = tiny_dit(input_size=4, in_channels=4, hidden_size=256, depth=1, num_heads=8)
+    ours = tiny_dit(input_size=4, in_channels=4, hidden_size=width, depth=1, num_heads=8)
     ours.load_state_dict(state)
     assert torch.equal(model(x, t, y), ours(x, t, y))
 
