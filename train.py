@@ -592,57 +592,59 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
-HIDDEN = ("@eaDir", "__MACOSX", "lost+found")                       # what a NAS, a Mac and a disk keep for themselves
 OUTPUTS = {"config.json", "log.csv"}, {"settings.json", "labels.txt"}       # the files that mark a run, and a set
 
 
-def list_folder(data, skipped):
-    """({class: [(path, os.stat)] of its pictures}, {what is left out: paths}) of the folder `data`.
+def is_visible(name):
+    """Not hidden, nor what a NAS, a Mac or a disk keeps for itself."""
+    return name[0] != "." and name not in ("@eaDir", "__MACOSX", "lost+found")
 
-    Not looked at: what is hidden. Each folder is read once; if links lead to it, then under its own name.
-    """
+
+def files_below(data, skipped, left_out):
+    """All visible files below the folder `data`. Each folder is read once; if links lead to it, under its own name."""
     def fail(error):
         raise error
 
-    classes, left_out, top, starts = {}, collections.defaultdict(list), [], [data]
     skipped, seen = set(map(os.path.realpath, skipped)), set(map(str, Path(os.path.realpath(data)).parents))
+    starts = [data]
     for start in starts:                                            # folders that links lead to are added at the end
         for folder, folders, names in os.walk(start, onerror=fail):
             real = os.path.realpath(folder)
-            if real in seen or real in skipped or any(marks <= set(names) for marks in OUTPUTS):
-                kind = "links to folders that are read anyway" if real in seen else "folders of runs and sets"
-                left_out[kind].append(folder)
+            if real in seen:
+                left_out["links to folders that are read anyway"].append(folder)
                 folders.clear()
-                continue
+            elif real in skipped or any(marks <= set(names) for marks in OUTPUTS):
+                left_out["folders of runs and sets"].append(folder)
+                folders.clear()
+            else:
+                folders[:] = sorted(filter(is_visible, folders))
+                starts += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+                yield from (os.path.join(folder, name) for name in sorted(names) if is_visible(name))
             seen.add(real)
-            folders[:] = sorted(name for name in folders if name[0] != "." and name not in HIDDEN)
-            starts += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
-            top = folders.copy() if folder == data else top
-            for path in (os.path.join(folder, name) for name in names if name[0] != "."):
-                name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
-                try:
-                    status = os.stat(path)
-                except OSError:
-                    if not os.path.islink(path):
-                        raise
-                    left_out["links that lead nowhere"].append(path)
-                    continue
-                if not stat.S_ISREG(status.st_mode) or not is_picture(path):
-                    left_out["files that Pillow does not read"].append(path)
-                elif below:
-                    classes.setdefault(name, []).append((path, status))
-                else:
-                    left_out["pictures beside the class folders"].append(path)
 
-    if len(set(map(nfc, top))) < len(top):
-        raise UserError(f"{data} has folders of one name in two spellings of Unicode: rename one")
+
+def list_folder(data, skipped):
+    """({class: [(path, os.stat)] of its pictures}, {what is left out: paths}) of the folder `data`."""
+    classes, left_out = {}, collections.defaultdict(list)
+    for path in files_below(data, skipped, left_out):
+        name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
+        if os.path.islink(path) and not os.path.exists(path):
+            left_out["links that lead nowhere"].append(path)
+        elif not stat.S_ISREG((status := os.stat(path)).st_mode) or not is_picture(path):
+            left_out["files that Pillow does not read"].append(path)
+        elif not below:
+            left_out["pictures beside the class folders"].append(path)
+        else:
+            classes.setdefault(name, []).append((path, status))
+
     told = {path for paths in left_out.values() for path in paths}
-    for name in top:
-        path = os.path.join(data, name)
-        if nfc(name) not in classes and path not in told:
-            left_out["folders without pictures"].append(path)
+    folders = [entry for entry in os.scandir(data) if entry.is_dir() and is_visible(entry.name)]
+    empty = [entry.path for entry in folders if nfc(entry.name) not in classes and entry.path not in told]
+    left_out |= {"folders without pictures": empty} if empty else {}
+    if len({nfc(entry.name) for entry in folders}) < len(folders):
+        raise UserError(f"{data} has folders of one name in two spellings of Unicode: rename one")
     for found in classes.values():
-        found.sort(key=lambda pair: os.path.split(pair[0]))
+        found.sort(key=lambda picture: os.path.split(picture[0]))
     return dict(sorted(classes.items())), left_out
 
 
@@ -659,18 +661,17 @@ def open_folder(cfg):
     if not classes:
         raise UserError(f"no images in --data {data} ({said or 'it is empty'}): it should hold one folder per class")
 
-    # folders of folders
-    deep = {name: [path for path, _ in found if os.path.dirname(path) != os.path.join(data, name)]
-            for name, found in classes.items()}
-    if any(deep.values()) and {name.lower() for name in classes} <= SPLITS:
-        largest = max(deep, key=lambda name: len(deep[name]))
-        raise UserError(f"{data} has splits ({', '.join(classes)}) and not classes: choose one, such as --data "
-                        f"{os.path.join(data, largest)}")
+    pictures = [picture for some in classes.values() for picture in some]
     note = f"left out of {data}: {said}" if said else ""
-    if all(len(deep[name]) == len(classes[name]) for name in classes):
-        note += f"{'; ' * bool(note)}all pictures lie deeper than the class folders: is {data} the right level?"
 
-    pictures = [found for some in classes.values() for found in some]
+    # folders of folders
+    deep = {name: sum(os.path.relpath(path, data).count(os.sep) > 1 for path, _ in some)
+            for name, some in classes.items()}
+    if any(deep.values()) and {name.lower() for name in classes} <= SPLITS:
+        raise UserError(f"{data} has splits ({', '.join(classes)}) and not classes: choose one, such as --data "
+                        f"{os.path.join(data, max(deep, key=deep.get))}")
+    if sum(deep.values()) == len(pictures):
+        note += f"{'; ' * bool(note)}all pictures lie deeper than the class folders: is {data} the right level?"
 
     def load(i):
         path, _ = pictures[i]
