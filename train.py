@@ -1138,8 +1138,8 @@ def main(argv):
     rt = open_runtime(cfg)
     try:
         # a run that exists is held before its checkpoint is read, a new one when its folder is made
-        with hold(cfg) if rt.rank == 0 and (Path(cfg.out) / ".lock").exists() else contextlib.nullcontext():
-            train(cfg, rt)
+        rt.lock = hold(cfg) if rt.rank == 0 and (Path(cfg.out) / ".lock").exists() else None
+        train(cfg, rt)
         rt.close()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -193,6 +193,15 @@ def test_a_resumed_run_is_held_before_its_checkpoint_is_read(run, monkeypatch):
     run("--steps 3", resume=begun)
     assert held and begun.state["step"] == 3
 
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available")])
+def test_a_disk_without_locks_is_used_without(error, run, monkeypatch):
+    begun = run("--steps 1")
+
+    def acquire(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert run("--steps 2", resume=begun).state["step"] == 2
+
 def test_a_run_that_came_and_went_in_the_meantime_is_not_overwritten(run, monkeypatch):
     """Its folder was free when this run was started, and is free again."""
     prepare, other = train.prepare_data, []
