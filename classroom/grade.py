@@ -28,13 +28,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "classroom")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from units import ROOT, UNITS, Ungradable, add_units, chosen_units, find, functions, graft, tests
+
 import dit
 import sample
-from units import UNITS, Ungradable, add_units, chosen_units, find, functions, graft, tests
 
-LIMIT = 30                                                          # seconds a unit
 MEMORY = 3 << 30                                                    # bytes that a process may allocate
 LOOK = {"open", "exec", "eval", "compile", "globals", "vars", "inspect", "importlib", "__import__", "__file__", "sys",
         "os", "io", "gc", "pathlib", "subprocess", "ctypes", "runpy", "linecache"}
@@ -84,7 +83,7 @@ def in_one_line(report):
     return f"{message}{where}"
 
 
-def in_a_process(work, limit=LIMIT):
+def in_a_process(work, limit):
     """(what work() returned in a forked process, what it printed last); Ungradable if there is no result."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
@@ -110,7 +109,7 @@ def in_a_process(work, limit=LIMIT):
     theirs.close()
     try:
         if not ours.poll(limit):
-            raise Ungradable(f"took longer than {limit} s")
+            raise Ungradable(f"took longer than {limit:g} s")
         result, said = ours.recv()
     except EOFError:
         raise Ungradable("ended the process, or ran out of memory") from None
@@ -163,10 +162,15 @@ def names_in(tree, unit, module=dit):
     return found
 
 
-def grade_unit(unit, submission, items, forbidden=()):
+def grade_unit(unit, submission, items, forbidden, limit):
     """(points, notes) of a unit."""
     path, tree, broken = submission
     total, cases = UNITS[unit].points, tests(unit, items)
+
+    def work():
+        graft(dit, tree, unit, str(path))
+        return run_tests([items[case] for case in cases])
+
     try:
         for dotted, _ in functions(unit):
             node = find(tree, dotted)
@@ -175,7 +179,7 @@ def grade_unit(unit, submission, items, forbidden=()):
         names = names_in(tree, unit)
         if used := sorted(names & set(forbidden)):
             raise Ungradable(f"uses {', '.join(used)}, which is not allowed here")
-        found, said = in_a_process(lambda: (graft(dit, tree, unit, str(path)), run_tests([items[c] for c in cases]))[1])
+        found, said = in_a_process(work, limit)
     except Ungradable as error:
         return 0, [str(error)]
     wrong = [f"{name}: {message}" for name, message in found if message]
@@ -188,7 +192,7 @@ def grade_unit(unit, submission, items, forbidden=()):
 
 def write_gradescope(path, graded):
     """results.json: one test for each unit, also those that wait."""
-    rows = [dict(name=f"{unit} (Sec. {UNITS[unit].section})", score=points, max_score=UNITS[unit].points,
+    rows = [dict(name=f"{unit} ({UNITS[unit].paper})", score=points, max_score=UNITS[unit].points,
                  output="\n".join(notes), visibility="visible") for unit, (points, notes) in graded.items()]
     Path(f"{path}.part").write_text(json.dumps(dict(tests=rows), indent=1))
     os.replace(f"{path}.part", path)
@@ -199,6 +203,7 @@ def main(argv):
     parser.add_argument("submission", help="a student's dit.py, or its folder")
     add_units(parser)
     parser.add_argument("--gradescope", help="write Gradescope's results.json here, anew after each unit")
+    parser.add_argument("--limit", type=float, default=30, help="seconds a unit may take (default: 30)")
     parser.add_argument("--forbid", default="", help="names that the units may not use, separated by commas")
     args = parser.parse_args(argv)
     units, submission = chosen_units(args), read(args.submission)
@@ -206,7 +211,7 @@ def main(argv):
 
     def work(items):
         for unit in units:
-            points, notes = graded[unit] = grade_unit(unit, submission, items, args.forbid.split(","))
+            points, notes = graded[unit] = grade_unit(unit, submission, items, args.forbid.split(","), args.limit)
             print("\n    ".join([f"{unit:22}{points:6g} of {UNITS[unit].points}", *notes]), flush=True)
             if args.gradescope:
                 write_gradescope(args.gradescope, graded)

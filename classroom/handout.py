@@ -8,21 +8,22 @@
 In OUT, `pytest` runs the tests in the paper's order. A test that waits for another unit is skipped with its name.
 """
 import ast
+import pprint
 import re
 import shutil
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import sample
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mutants import bugs
 from units import ROOT, UNITS, add_units, blank, chosen_units, functions, in_order, mutate
+
+import sample
 
 CONFTEST = '''"""Skips a test that waits for a unit which it does not prove."""
 import pytest
 
-TESTS = {
-%s}
+TESTS = UNITS
 
 
 @pytest.hookimpl(wrapper=True)
@@ -30,8 +31,9 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except NotImplementedError as error:
-        own = TESTS.get(str(error), [item.name])
-        if item.name not in own and item.originalname not in own:
+        name, _, case = item.name.removeprefix("test_").partition("[")
+        proofs = [words.partition("[") for words in TESTS.get(str(error), [name])]
+        if not any(name.startswith(words) and case.startswith(which) for words, _, which in proofs):
             pytest.skip(f"waits for {error}")
         raise
 '''
@@ -68,7 +70,7 @@ def tasks(units, packages):
     rows, chosen = [], [UNITS[unit] for unit in units]
     for name, unit in zip(units, chosen, strict=True):
         code = ", ".join(f"`{dotted}`" for dotted, _ in functions(name))
-        rows.append(f"| {name} | {unit.points} | {unit.minutes} | Sec. {unit.section} | {code} | "
+        rows.append(f"| {name} | {unit.points} | {unit.minutes} | {unit.paper} | {code} | "
                     f"{', '.join(unit.tests.split())} |")
     hints = [f"- **{name}**: {UNITS[name].hint}" for name in units if UNITS[name].hint]
     return TASKS.format(
@@ -85,8 +87,8 @@ def main(argv):
     parser.add_argument("--with-reference", action="store_true", help="also the solution, as dit_reference.py")
     args = parser.parse_args(argv)
     units, out, source = in_order(chosen_units(args)), Path(args.out), (ROOT / "dit.py").read_text()
-    packages = " ".join(ast.literal_eval(re.search(r"dependencies = (\[.*\])", (ROOT / "pyproject.toml").read_text())[1]))
-    packages = packages.replace(">=2.9", "") + " pytest"
+    dependencies = re.search(r"\ndependencies = (\[.*\])", (ROOT / "pyproject.toml").read_text())[1]
+    packages = " ".join(re.split("[>=]", name)[0] for name in [*ast.literal_eval(dependencies), "pytest"])
     if out.exists():
         raise sample.UserError(f"{out} exists: name a new folder")
 
@@ -100,13 +102,14 @@ def main(argv):
         text = BUGS.format(count=args.bugs, packages=packages, names=", ".join(units))
     else:
         source, text = blank(source, units), tasks(units, packages)
-        proofs = "".join(f"    {unit!r}: {[f'test_{name}' for name in UNITS[unit].tests.split()]},\n" for unit in units)
-        (out / "conftest.py").write_text(CONFTEST % proofs)
+        (out / "conftest.py").write_text(CONFTEST.replace("UNITS", pprint.pformat(
+            {unit: UNITS[unit].tests.split() for unit in units}, width=120, sort_dicts=False)))
     (out / "dit.py").write_text(source)
     (out / "TASKS.md").write_text(text)
     if args.with_reference:
         shutil.copy(ROOT / "dit.py", out / "dit_reference.py")
-    print(f"{out}: {args.bugs or len(units)} {'bugs' if args.bugs else 'units'} in dit.py; begin with {out / 'TASKS.md'}")
+    what = f"{args.bugs} bugs" if args.bugs else f"{len(units)} units to write"
+    print(f"{out}: dit.py with {what}; begin with {out / 'TASKS.md'}")
 
 
 if __name__ == "__main__":

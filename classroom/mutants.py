@@ -10,33 +10,29 @@ right alternatives are in wheats.py. Each is put into dit.py in a process of its
 import ast
 import random
 import sys
-import textwrap
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from grade import in_a_process, run_tests, with_tests
+from units import ROOT, UNITS, Ungradable, add_units, chosen_units, graft, in_order, mutate, tests
+from wheats import WHEATS
+
 import dit
 import sample
-import wheats
-from grade import in_a_process, run_tests, with_tests
-from units import ROOT, UNITS, Ungradable, add_units, chosen_units, graft, in_order, lines_of, mutate, tests
-from wheats import FUNCTIONS, ONE_LINE
 
 MUTANTS = [
     ("normal_kl", "exp(logvar1 - logvar2)", "exp(logvar2 - logvar1)", "reversed"),
     ("normal_kl", "logvar2 - logvar1 - 1.0", "logvar1 - logvar2 - 1.0", "sign of the log ratio"),
-    ("normal_kl", " - 1.0", "", "not 0 for equal Gaussians"),
     ("normal_kl", "torch.exp(-logvar2)", "torch.exp(-logvar1)", "the wrong Gaussian's variance"),
     ("normal_kl", "0.5 * (", "(", "half forgotten"),
     ("likelihood", "torch.exp(-log_std)", "torch.exp(-2 * log_std)", "log variance for log std"),
     ("likelihood", "x + 1 / 255", "x + 1 / 127.5", "a whole bin for half a bin"),
-    ("likelihood", "torch.where(x > 0.999, torch.ones_like(x), cdf(x + 1 / 255))", "cdf(x + 1 / 255)", "outer bin closed"),
-    ("likelihood", "x < -0.999", "x < -0.99", "two bins open"),
+    ("likelihood", "x > 0.999", "x > 1.999", "the outer bin ends"),
     ("likelihood", ".clamp(min=1e-12)", "", "log 0"),
     ("likelihood", " / math.sqrt(2.0)", "", "erf is not the normal CDF"),
     ("space_timesteps", "(num_timesteps - 1) / (num_steps - 1)", "num_timesteps / num_steps", "never reaches the last"),
     ("space_timesteps", "[num_timesteps - 1]", "[0]", "ADM: a single step is the first"),
-    ("space_timesteps", ".round()", "", "cut off"),
     ("tables", "np.cumprod(1.0 - betas)", "np.cumprod(betas)", "LuChengTHU/dpm-solver#13"),
     ("tables", "np.cumprod(1.0 - betas)", "np.cumprod((1.0 - betas).astype(np.float32))", "float32 tables"),
     ("tables", "np.append(1.0, alphas_cumprod[:-1])", "np.append(alphas_cumprod[1:], 1.0)", "lucidrains/ddpm#18"),
@@ -45,9 +41,9 @@ MUTANTS = [
     ("tables", "np.append(at_0, posterior_variance[1:])", "np.maximum(posterior_variance, 1e-20)", "diffusers#3006"),
     ("tables", "np.append(posterior_variance, betas)[1]", "betas[0]", "another variance at t = 0"),
     ("tables", "betas * np.sqrt(alphas_cumprod_prev)", "betas * np.sqrt(alphas_cumprod)", "t for t - 1"),
-    ("tables", "np.sqrt(1.0 - betas)", "np.sqrt(betas)", "beta for alpha"),
     ("tables", "np.log(np.append(at_0, betas[1:]))", "np.log(betas)", "ADM's fixed variance at t = 0"),
-    ("respaced", "1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])", "self.betas.numpy()[kept]", "diffusers#3006"),
+    ("respaced", "1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])",
+     "self.betas.numpy()[kept]", "diffusers#3006"),
     ("respaced", "self.timestep_map.cpu().numpy()[kept]", "np.arange(len(kept))", "the short process's own t"),
     ("respaced", "self.timestep_map.cpu().numpy()[kept]", "np.array(kept)", "respaced twice"),
     ("q_sample", "self.sqrt_alphas_cumprod", "self.alphas_cumprod", "ermongroup/ddim#44"),
@@ -55,61 +51,49 @@ MUTANTS = [
     ("q_sample", "self.sqrt_one_minus_alphas_cumprod", "(1 - self.sqrt_alphas_cumprod)", "1 - sqrt for sqrt(1 -)"),
     ("q_sample", "* noise", "* torch.randn_like(noise)", "other noise than given"),
     ("q_posterior", "self.posterior_variance", "self.betas", "beta for beta tilde"),
-    ("q_posterior", "self._gather(self.posterior_log_variance_clipped, t).expand_as(x_t)", "variance.log()",
-     "tqch/ddpm-torch#9"),
-    ("q_posterior", "self.posterior_mean_coef1, t) * x_start", "self.posterior_mean_coef2, t) * x_start", "one coefficient"),
+    ("q_posterior", "self.posterior_log_variance_clipped", "self.posterior_variance.log()", "tqch/ddpm-torch#9"),
     ("q_posterior", "self.posterior_mean_coef1", "self.sqrt_alphas_cumprod_prev", "the mean of q(x_(t-1) | x_0)"),
-    ("q_posterior", "variance, log_variance_clipped\n", "log_variance_clipped, variance\n", "order of the results"),
     ("p_mean_variance", "(v + 1) / 2", "v", "v in [-1, 1] taken for a share"),
     ("p_mean_variance", "(v + 1) / 2", "(1 - v) / 2", "bounds exchanged"),
     ("p_mean_variance", "self.sqrt_recipm1_alphas_cumprod", "self.sqrt_one_minus_alphas_cumprod", "division forgotten"),
     ("p_mean_variance", "(pred_xstart, x_t, t)", "(x_t, pred_xstart, t)", "order of the arguments"),
     ("p_mean_variance", "clamp(-1, 1)", "clamp(0, 1)", "another range of pixels"),
     ("p_mean_variance", "if clip_denoised:", "if True:", "latents are clipped"),
-    ("p_mean_variance", "model_output[:, :C], model_output[:, C:]", "model_output[:, C:], model_output[:, :C]", "v first"),
-    ("p_mean_variance", "self.log_betas", "self.betas", "variances mixed, not their logarithms"),
+    ("p_mean_variance", "[:, :C], model_output[:, C:]", "[:, C:], model_output[:, :C]", "v first"),
     ("p_mean_variance", "variance=log_variance.exp()", "variance=(0.5 * log_variance).exp()", "standard deviation"),
     ("vb", " / math.log(2.0)", "", "nats for bits"),
     ("vb", "t == 0", "t == 1", "off by one"),
     ("vb", '(true_mean, true_log_variance, out["mean"], out["log_variance"])',
      '(out["mean"], out["log_variance"], true_mean, true_log_variance)', "KL's direction"),
     ("vb", '0.5 * out["log_variance"]', 'out["log_variance"]', "variance for standard deviation"),
-    ("vb", "nll = -", "nll = ", "sign of the likelihood"),
     ("vb", "kl.flatten(1).mean(1)", "kl.flatten(1).sum(1)", "sum over the pixels"),
     ("vb", "likelihood(x_start,", "likelihood(x_t,", "likelihood of the noisy image"),
     ("training_losses", "eps.detach()", "eps", "the bound trains eps too"),
     ("training_losses", "eps.detach(), v]", "eps.detach(), v.detach()]", "nothing trains v"),
     ("training_losses", "mse + vb", "mse + vb / 1000", "0.001 belongs to the sum over all t"),
     ("training_losses", "(noise - eps)", "(x_start - eps)", "predicts x_0"),
-    ("training_losses", "(noise - eps) ** 2", "(noise - eps).abs()", "L1"),
     ("training_losses", "q_sample(x_start, t, noise)", "q_sample(x_start, t, torch.randn_like(noise))", "two noises"),
     ("training_losses", "(model, x_t,", "(model, x_start,", "the clean image goes in"),
-    ("training_losses", "self._call(model, x_t, t, model_kwargs)", "model(x_t, t, **model_kwargs)", "t of the short process"),
-    ("training_losses", "((noise - eps) ** 2).flatten(1).mean(1)", "((noise - eps) ** 2).mean()", "mean over the batch"),
+    ("training_losses", "self._call(model, x_t, t, model_kwargs)", "model(x_t, t, **model_kwargs)", "the short t"),
+    ("training_losses", "** 2).flatten(1).mean(1)", "** 2).mean()", "mean over the batch"),
     ("training_losses", " if v.shape[1] > 0 else torch.zeros_like(mse)", "", "a bound without learned variance"),
     ("bits_per_dim", "self.q_sample(x_start, t, noise)", "self.q_sample(x_start, t, randn(x_start))", "two noises"),
     ("bits_per_dim", "vb[::-1]", "vb", "order of the columns"),
-    ("bits_per_dim", "2 * self.sqrt_one_minus", "self.sqrt_one_minus", "log std for log variance"),
-    ("bits_per_dim", " / math.log(2.0)", "", "nats for bits"),
     ("bits_per_dim", "prior + vb.sum(dim=1)", "prior + vb.mean(dim=1)", "mean of the terms"),
     ("bits_per_dim", "prior + vb.sum(dim=1)", "vb.sum(dim=1)", "prior forgotten"),
     ("p_sample_loop", " * (t > 0)[:, None, None, None]", "", "noise in the last step"),
     ("p_sample_loop", "t > 0", "t > 1", "off by one"),
     ("p_sample_loop", '0.5 * out["log_variance"]', 'out["log_variance"]', "variance for standard deviation"),
-    ("p_sample_loop", "self._call(model, x_t, t, model_kwargs)", "model(x_t, t, **model_kwargs)", "t of the short process"),
-    ("p_sample_loop", 'x_t = out["mean"]', 'x_t = out["pred_xstart"]', "all the way in each step"),
+    ("p_sample_loop", "self._call(model, x_t, t, model_kwargs)", "model(x_t, t, **model_kwargs)", "the short t"),
     ("ddim", "self.sqrt_alphas_cumprod_prev", "self.sqrt_alphas_cumprod", "lucidrains/ddpm#81"),
     ("ddim", "eta ** 2 * self._gather(self.posterior_variance", "eta ** 2 * self._gather(self.betas", "CoursIA#16158"),
     ("ddim", "eta ** 2", "eta", "eta scales the standard deviation"),
     ("ddim", " - sigma2)", ")", "too much noise in all"),
-    ("ddim", "sigma2.sqrt() *", "sigma2 *", "variance for standard deviation"),
-    ("ddim", "self._call(model, x_t, t, model_kwargs)", "model(x_t, t, **model_kwargs)", "t of the short process"),
     ("patch_embed", "x.flatten(2).transpose(1, 2)", "x.reshape(len(x), -1, x.shape[1])", "channels and places mixed"),
     ("patch_embed", "x.flatten(2)", "x.transpose(2, 3).flatten(2)", "column by column"),
     ("pos_embed", "(column, row)", "(row, column)", "axes exchanged"),
     ("pos_embed", "(np.sin, np.cos)", "(np.cos, np.sin)", "the order of the other embedding"),
     ("pos_embed", "/ (dim // 4)", "/ (dim // 2)", "half of the frequencies"),
-    ("pos_embed", "np.arange(grid_size ** 2)", "np.arange(1, grid_size ** 2 + 1)", "counts from 1"),
     ("timestep_embedding", "torch.cos(args), torch.sin(args)", "torch.sin(args), torch.cos(args)", "flashinfer#3819"),
     ("timestep_embedding", "/ half", "/ (half - 1)", "hojonathanho/diffusion#15, diffusers#12791"),
     ("timestep_embedding", "torch.cat([torch.cos(args), torch.sin(args)], dim=-1)",
@@ -121,25 +105,16 @@ MUTANTS = [
     ("label_embedder", "self.num_classes, y", "self.num_classes - 1, y", "the last class is the null label"),
     ("label_embedder", "self.num_classes, y", "0, y", "DiffGui#5"),
     ("label_embedder", "if drop is not None", "if drop is not None and self.training", "official: only in training"),
-    ("label_embedder", "self.embedding_table(y)", "self.embedding_table.weight.detach()[y]", "a table that never learns"),
     ("attention", "x.transpose(1, 2).reshape", "x.reshape", "jsbaan/transformer-from-scratch#6, FuxiCTR#30"),
     ("attention", "(q, k, v)", "(q, k, v, scale=D ** -0.5)", "width of all heads: TMUnet#13"),
     ("attention", "(q, k, v)", "(q, k, v, is_causal=True)", "copied from a GPT"),
-    ("attention", "(q, k, v)", "(k, q, v)", "softmax over the queries"),
-    ("attention", "self.proj(x.transpose(1, 2).reshape(N, T, D))", "x.transpose(1, 2).reshape(N, T, D)", "no projection"),
     ("cross_attention", "k, v = kv", "v, k = kv", "key and value exchanged"),
-    ("cross_attention", "x.transpose(1, 2).reshape", "x.reshape", "heads and tokens mixed"),
-    ("cross_attention", "(q.transpose(1, 2), k, v)", "(q.transpose(1, 2), k, k)", "keys for values"),
     ("mlp_modulate", ', approximate="tanh"', "", "the exact GELU"),
     ("mlp_modulate", "(1 + scale[:, None])", "scale[:, None]", "1 + forgotten"),
-    ("mlp_modulate", "x * (1 + scale[:, None]) + shift[:, None]", "(x + shift[:, None]) * (1 + scale[:, None])", "shift first"),
     ("in_context", "t[:, None], y[:, None]", "y[:, None], t[:, None]", "order of the tokens"),
-    ("in_context", "self.norm2(x)", "self.norm1(x)", "one norm twice"),
     ("in_context", "self.attn(self.norm1(x))", "self.norm1(self.attn(x))", "norm behind"),
-    ("in_context", "x = x + self.attn", "x = self.attn", "no residual"),
     ("cross_attention_block", "torch.stack([t, y], dim=1)", "(t + y)[:, None]", "a sequence of one"),
     ("cross_attention_block", "self.norm_cross(x)", "x", "norm forgotten"),
-    ("cross_attention_block", "x = x + self.cross_attn", "x = self.cross_attn", "no residual"),
     ("adaln", "x, t + y", "x, t", "the label does not enter"),
     ("adaln", "beta1, gamma1))", "gamma1, beta1))", "shift and scale exchanged"),
     ("adaln", "beta2, gamma2))", "beta1, gamma1))", "one modulation twice"),
@@ -147,26 +122,21 @@ MUTANTS = [
     ("adaln_zero", "x + alpha2[:, None]", "x + (1 + alpha2[:, None])", "1 + on a gate"),
     ("adaln_zero", "x + alpha1[:, None] * self.attn", "x + self.attn", "gate forgotten"),
     ("adaln_zero", "x + alpha1[:, None] *", "x + alpha2[:, None] *", "one gate twice"),
-    ("adaln_zero", "x + alpha1[:, None]", "(1 + alpha1[:, None]) * x + alpha1[:, None]", "a gate on the residual"),
-    ("adaln_zero", "beta1, gamma1, alpha1, beta2, gamma2, alpha2 =", "gamma1, beta1, alpha1, gamma2, beta2, alpha2 =",
-     "another order of the parts"),
+    ("adaln_zero", "beta1, gamma1, alpha1, beta2", "gamma1, beta1, alpha1, beta2", "another order of the parts"),
     ("decoder", "beta, gamma))", "gamma, beta))", "shift and scale exchanged"),
     ("decoder", "self.linear(self.norm_final(x))", "self.linear(x)", "norm forgotten"),
-    ("initialize", "zeros_(module.adaLN_modulation[1].weight)", "normal_(module.adaLN_modulation[1].weight, std=0.02)",
-     "F5-TTS#793, DDT#14"),
+    ("initialize", "zeros_(module.adaLN", "xavier_uniform_(module.adaLN", "not zero: F5-TTS#793, DDT#14"),
     ("initialize", "[*self.blocks, self.final_layer]", "self.blocks", "decoder forgotten"),
     ("initialize", "std=0.02", "std=1.0", "nn.Embedding's own"),
     ("initialize", "module.weight.view(len(module.weight), -1)", "module.weight", "patch embedding as a convolution"),
-    ("initialize", "zeros_(self.final_layer.linear.weight)", "zeros_(self.final_layer.linear.bias)", "last layer not 0"),
-    ("initialize", '== "adaln-zero"', '!= "in-context"', "AttributeError, or all designs at 0"),
+    ("initialize", "final_layer.linear.weight", "final_layer.linear.bias", "the last layer is not 0"),
     ("unpatchify", "x.view(-1, g, g, p, p, C)", "x.view(-1, g, g, C, p, p).permute(0, 1, 2, 4, 5, 3)", "minRF#6"),
     ("unpatchify", "(0, 5, 1, 3, 2, 4)", "(0, 5, 2, 4, 1, 3)", "the image on its side"),
-    ("unpatchify", "(0, 5, 1, 3, 2, 4)", "(0, 5, 1, 2, 3, 4)", "rows of a patch side by side"),
     ("unpatchify", "(0, 5, 1, 3, 2, 4)", "(0, 5, 1, 4, 2, 3)", "each patch on its side"),
     ("forward", " + self.pos_embed ", " ", "no positions"),
     ("forward", "self.y_embedder(y, drop)", "self.y_embedder(y)", "no label is dropped"),
-    ("forward", "self.t_embedder(t)", "self.t_embedder(torch.arange(len(t)))", "gmongaras#10: embeds the batch's index"),
-    ("forward", "x[:, :self.pos_embed.shape[1]]", "x[:, -self.pos_embed.shape[1]:]", "keeps t and y, drops two patches"),
+    ("forward", "t_embedder(t)", "t_embedder(torch.arange(len(t)))", "the index in the batch: gmongaras#10"),
+    ("forward", ":self.pos_embed.shape[1]]", "-self.pos_embed.shape[1]:]", "keeps t and y, drops two patches"),
     ("guidance", "= uncond[:, :k] +", "= cond[:, :k] +", "scale off by one: threestudio#127"),
     ("guidance", "uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k])",
      "cfg_scale * cond[:, :k] + (cfg_scale - 1) * uncond[:, :k]", "sign: labml#177"),
@@ -187,72 +157,43 @@ def bugs(units, count, seed):
     return [rng.choice([mutant for mutant in MUTANTS if mutant[0] == unit]) for unit in rng.sample(able, count)]
 
 
-def with_body(source, dotted, name):
-    """dit.py with the body of a function in wheats.py."""
-    lines, alternative = source.splitlines(keepends=True), Path(wheats.__file__).read_text()
-    (first, last), (start, end) = lines_of(source, dotted), lines_of(alternative, name)
-    text = "".join(alternative.splitlines(keepends=True)[start:end])
-    lines[first:last] = [textwrap.indent(text, "    " * dotted.count("."))]
-    return "".join(lines)
-
-
-def variants(units):
-    """[(unit, what it is, whether it is right, dit.py with it)]."""
-    source, found = (ROOT / "dit.py").read_text(), []
-    for unit, old, new, seen in MUTANTS:
-        found.append((unit, f"{old} -> {new} ({seen})", False, mutate(source, unit, old, new)))
-    for unit, old, new in ONE_LINE:
-        found.append((unit, f"{old} -> {new}", True, mutate(source, unit, old, new)))
-    for name, (unit, dotted) in FUNCTIONS.items():
-        found.append((unit, name, True, with_body(source, dotted, name)))
-    return [variant for variant in found if variant[0] in units]
-
-
-def judge(variant, items, cases):
-    """(whether the tests judge the variant rightly, how many failed first, the seconds)."""
-    unit, _, right, source = variant
-    began = time.perf_counter()
+def verdict(unit, old, new, items, cases):
+    """What the first test says that fails with this change of dit.py; "" if all pass."""
+    tree = ast.parse(mutate((ROOT / "dit.py").read_text(), unit, old, new))
 
     def work():
-        graft(dit, ast.parse(source), unit)
+        graft(dit, tree, unit)
         return run_tests([items[case] for case in cases], stop=True)
 
     try:
-        results, _ = in_a_process(work, limit=120)
-        failed = next((f"{name}: {message}" for name, message in results if message), "")
+        return next((f"{name}: {message}" for name, message in in_a_process(work, limit=120)[0] if message), "")
     except Ungradable as error:
-        failed = str(error)
-    return bool(failed) != right, failed, time.perf_counter() - began
+        return str(error)
 
 
 def main(argv):
     parser = sample.Parser(prog="mutants.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add_units(parser)
-    parser.add_argument("--tests", default=str(ROOT / "test_dit.py"), help="the tests to judge (default: test_dit.py)")
+    parser.add_argument("--tests", help="a student's tests, to be judged instead of test_dit.py")
     parser.add_argument("--bugs", type=int, help="only these mistakes: the number given to handout.py")
     parser.add_argument("--seed", type=int, default=0, help="the seed given to handout.py")
     args = parser.parse_args(argv)
     every = not (args.units or args.core or args.extra or args.bugs)
-    units = list(UNITS) if every else chosen_units(args)
-    own, chosen = args.tests != parser.get_default("tests"), variants(units)
-    if args.bugs:
-        picked = {f"{old} -> {new} ({seen})" for _, old, new, seen in bugs(in_order(units), args.bugs, args.seed)}
-        chosen = [variant for variant in chosen if variant[2] or variant[1] in picked]
-    wrong = []
+    units, right, wrong = list(UNITS) if every else chosen_units(args), [], []
+    mistakes = bugs(in_order(units), args.bugs, args.seed) if args.bugs else MUTANTS
 
     def work(items):
-        for variant in chosen:
-            unit, what, right, _ = variant
-            well, failed, seconds = judge(variant, items, list(items) if own else tests(unit, items))
-            verdict = "accepted" if right else "killed"
-            wrong.extend([variant] * (not well))
-            print(f"{verdict if well else 'REJECTED' if right else 'SURVIVES':9}{seconds:5.1f} s  {unit}: {what}"
-                  + (f"\n{'':18}{failed[:150]}" if failed and (right or own) else ""), flush=True)
-        rights = sum(variant[2] for variant in chosen)
-        print(f"{len(chosen) - rights} mistakes, {sum(not v[2] for v in wrong)} survive; "
-              f"{rights} right alternatives, {sum(v[2] for v in wrong)} are rejected")
+        for unit, old, new, *seen in [line for line in [*mistakes, *WHEATS] if line[0] in units]:
+            began = time.perf_counter()
+            failed = verdict(unit, old, new, items, list(items) if args.tests else tests(unit, items))
+            (right if bool(failed) == bool(seen) else wrong).append(unit)
+            word = ("killed" if failed else "SURVIVES") if seen else ("REJECTED" if failed else "accepted")
+            print(f"{word:9}{time.perf_counter() - began:5.1f} s  {unit}: {old} -> {new}", *seen, sep="   ", flush=True)
+            if failed and (args.tests or not seen):
+                print(f"{'':18}{failed[:150]}")
+        print(f"{len(right)} of {len(right) + len(wrong)} judged rightly")
 
-    with_tests(args.tests, work)
+    with_tests(args.tests or ROOT / "test_dit.py", work)
     sys.exit(bool(wrong))
 
 
