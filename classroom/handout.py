@@ -7,9 +7,7 @@
 
 In OUT, `pytest` runs the tests in the paper's order. A test that waits for another unit is skipped with its name.
 """
-import ast
 import pprint
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -37,45 +35,17 @@ def pytest_runtest_call(item):
             pytest.skip(f"waits for {error}")
         raise
 '''
-TASKS = """# Write dit.py
-
-Read the paper with dit.py beside it. Each unit below is one function of dit.py, or a few, that
-`raise NotImplementedError`. Its docstring, the shapes in the margin and the paper say what to write. Only these bodies
-are graded: leave their parameters, and everything else, as it is. Helpers of your own are welcome.
-
-    pip install {packages}
-    pytest                       # red: the unit is next, or wrong; skipped: waits for the unit named
-    pytest -k attention          # the tests with that word
-
-Work from the top: a unit needs only those above it. Each unit is graded alone, with everything else right.
-
-| unit | points | minutes | paper | functions in dit.py | tests |
-|---|--:|--:|---|---|---|
-{rows}
-| {count} units | {points} | {minutes} | | | |
-{hints}"""
-BUGS = """# Find the bugs
-
-{count} lines of dit.py are wrong, each in another function of these: {names}. Read the file beside the paper. Then hand
-in test_mine.py: pytest tests that fail with this dit.py and pass with a right one, however it is written. A test
-compares a function with something that shares no code with it: a formula by hand, torch.distributions, a special case.
-
-    pip install {packages}
-    pytest test_mine.py
-"""
 
 
-def tasks(units, packages):
-    """The text of TASKS.md."""
-    rows, chosen = [], [UNITS[unit] for unit in units]
-    for name, unit in zip(units, chosen, strict=True):
-        code = ", ".join(f"`{dotted}`" for dotted, _ in functions(name))
-        rows.append(f"| {name} | {unit.points} | {unit.minutes} | {unit.paper} | {code} | "
-                    f"{', '.join(unit.tests.split())} |")
-    hints = [f"- **{name}**: {UNITS[name].hint}" for name in units if UNITS[name].hint]
-    return TASKS.format(
-        packages=packages, rows="\n".join(rows), count=len(units), points=sum(unit.points for unit in chosen),
-        minutes=sum(unit.minutes for unit in chosen), hints="\n".join(["", *hints, ""] if hints else []))
+def table(units):
+    """The table of TASKS.md: a row for each unit, and the hints below it."""
+    rows = []
+    for name in units:
+        unit, code = UNITS[name], ", ".join(f"`{dotted}`" for dotted, _ in functions(name))
+        rows.append(f"| {name} | {unit.points} | {unit.minutes} | {unit.paper} | {code} | {unit.tests} |")
+    points, minutes = (sum(getattr(UNITS[name], what) for name in units) for what in ("points", "minutes"))
+    rows.append(f"| {len(units)} units | {points} | {minutes} | | | |\n")
+    return "\n".join(rows + [f"- **{name}**: {UNITS[name].hint}" for name in units if UNITS[name].hint])
 
 
 def main(argv):
@@ -87,25 +57,21 @@ def main(argv):
     parser.add_argument("--with-reference", action="store_true", help="also the solution, as dit_reference.py")
     args = parser.parse_args(argv)
     units, out, source = in_order(chosen_units(args)), Path(args.out), (ROOT / "dit.py").read_text()
-    dependencies = re.search(r"\ndependencies = (\[.*\])", (ROOT / "pyproject.toml").read_text())[1]
-    packages = " ".join(re.split("[>=]", name)[0] for name in [*ast.literal_eval(dependencies), "pytest"])
     if out.exists():
         raise sample.UserError(f"{out} exists: name a new folder")
 
     out.mkdir(parents=True)
-    names = ["train.py", "sample.py", "LICENSE"] + ["test_dit.py"] * (not args.bugs)
-    for name in names:
+    for name in ["train.py", "sample.py", "LICENSE"] + ["test_dit.py"] * (not args.bugs):
         shutil.copy(ROOT / name, out)
     if args.bugs:
         for unit, old, new, _ in bugs(units, args.bugs, args.seed):
             source = mutate(source, unit, old, new)
-        text = BUGS.format(count=args.bugs, packages=packages, names=", ".join(units))
     else:
-        source, text = blank(source, units), tasks(units, packages)
-        (out / "conftest.py").write_text(CONFTEST.replace("UNITS", pprint.pformat(
-            {unit: UNITS[unit].tests.split() for unit in units}, width=120, sort_dicts=False)))
+        source, proofs = blank(source, units), {unit: UNITS[unit].tests.split() for unit in units}
+        (out / "conftest.py").write_text(CONFTEST.replace("UNITS", pprint.pformat(proofs, width=120, sort_dicts=False)))
+    template = (ROOT / "classroom" / ("BUGS.md" if args.bugs else "TASKS.md")).read_text()
+    (out / "TASKS.md").write_text(template.format(bugs=args.bugs, names=", ".join(units), table=table(units)))
     (out / "dit.py").write_text(source)
-    (out / "TASKS.md").write_text(text)
     if args.with_reference:
         shutil.copy(ROOT / "dit.py", out / "dit_reference.py")
     what = f"{args.bugs} bugs" if args.bugs else f"{len(units)} units to write"

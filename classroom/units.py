@@ -104,13 +104,11 @@ def tests(unit, cases):
 def find(tree, dotted):
     """The definition of a class, method or function, such as "DiT.forward"; None if there is none."""
     for name in dotted.split("."):
-        tree = next((node for node in tree.body if getattr(node, "name", None) == name), None)
-        if tree is None:
-            return None
+        tree = next((node for node in getattr(tree, "body", []) if getattr(node, "name", None) == name), None)
     return tree
 
 
-parsed = functools.lru_cache(ast.parse)
+parsed = functools.cache(ast.parse)
 
 
 def lines_of(source, dotted, kept=0):
@@ -139,14 +137,14 @@ def blank(source, units):
 
 def mutate(source, unit, old, new):
     """dit.py with `old`, which stands exactly once in the unit's code, replaced by `new`."""
-    lines, places = source.splitlines(keepends=True), []
-    for dotted, _ in functions(unit):
-        first, last = lines_of(source, dotted)
-        text, before = "".join(lines[first:last]), len("".join(lines[:first]))
-        places += [before + match.start() for match in re.finditer(re.escape(old), text)]
-    if len(places) != 1:
-        raise ValueError(f"{old!r} stands {len(places)} times in {unit}, not once")
-    return source[:places[0]] + new + source[places[0] + len(old):]
+    lines = source.splitlines(keepends=True)
+    places = [i for dotted, _ in functions(unit) for i in range(*lines_of(source, dotted)) if old in lines[i]]
+    if len(places) != 1 or lines[places[0]].count(old) != 1:
+        raise ValueError(f"{old!r} does not stand once in {unit}")
+    line = lines[places[0]]
+    code, margin, shapes = line.replace(old, new).partition("  #")
+    lines[places[0]] = code.rstrip(" ").ljust(line.find("#") - 2 if margin else 0) + margin + shapes
+    return "".join(lines)
 
 
 def graft(module, tree, unit, path="dit.py"):
@@ -182,8 +180,7 @@ def parameters(signature):
 
 def define(node, names, path):
     """{name: object} that a statement makes, with these global names."""
-    made = {}
-    exec(compile(ast.Module([node], []), path, "exec"), names, made)
+    exec(compile(ast.Module([node], []), path, "exec"), names, made := {})
     return made
 
 
