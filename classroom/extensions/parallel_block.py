@@ -8,7 +8,6 @@ A design is a class with condition(x, t, y) and forward(x, c). DESIGNS names it,
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -17,23 +16,22 @@ import sample
 
 
 class ParallelBlock(nn.Module):
-    """x + alpha1 attn(h) + alpha2 mlp(h), for one h. The gates are weights (LayerScale, arXiv 2103.17239) that start at
-    0: the block starts as the identity, like adaLN-Zero."""
+    """x + alpha (attn(h) + mlp(h)), with h = (1 + gamma) norm(x) + beta: three parts of modulation, adaLN-Zero has six.
+    They are small at the start because t + y is; "adaln-zero" alone has them at 0."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = dit.Attention(hidden_size, num_heads)
         self.mlp = dit.Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-        self.alpha1, self.alpha2 = (nn.Parameter(torch.zeros(hidden_size)) for _ in range(2))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 3 * hidden_size))
 
     condition = staticmethod(dit.AdaLNBlock.condition)                            # c = t + y
 
     def forward(self, x, c):                                                      # (N, T, D), (N, D)
-        beta, gamma = self.adaLN_modulation(c).chunk(2, dim=1)                    # (N, D) each
+        beta, gamma, alpha = self.adaLN_modulation(c).chunk(3, dim=1)             # (N, D) each
         h = dit.modulate(self.norm(x), beta, gamma)                               # (N, T, D)
-        return x + self.alpha1 * self.attn(h) + self.alpha2 * self.mlp(h)         # (N, T, D)
+        return x + alpha[:, None] * (self.attn(h) + self.mlp(h))                  # (N, T, D)
 
 
 dit.DESIGNS["parallel"] = (ParallelBlock, dit.FinalLayer)
