@@ -1,8 +1,7 @@
 """Grade a student's dit.py, unit by unit. One mistake costs one unit.
 
     python classroom/grade.py SUBMISSION                             # dit.py, or a folder that contains it
-    python classroom/grade.py SUBMISSION --extra                     # the extra units; or --units vb,guidance
-    python classroom/grade.py SUBMISSION --gradescope results.json
+    python classroom/grade.py SUBMISSION --extra --gradescope results.json        # or --units vb,guidance
     python classroom/grade.py SUBMISSION --forbid scaled_dot_product_attention,einsum
 
 Each unit is tested by test_dit.py in a process of its own, where the student's functions take the place of the unit in
@@ -48,7 +47,8 @@ def with_tests(path, work):
             return True
 
     flags = ["-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
-    pytest.main([*flags, str(path)], plugins=[Work()])
+    if pytest.main([*flags, str(path)], plugins=[Work()]):
+        raise sample.UserError(f"the tests of {path} cannot be run: try `pytest {path}`")
 
 
 def run_tests(items, stop=False):
@@ -133,11 +133,23 @@ def read(path):
 
 
 def names_in(tree, unit):
-    """All names in the student's functions for a unit, and in what the student added."""
-    nodes = [find(tree, dotted) for dotted, _ in functions(unit)]
-    nodes += [node for node in tree.body if not hasattr(dit, getattr(node, "name", "torch"))]
-    inner = [node for outer in nodes if outer for node in ast.walk(outer)]
-    return {getattr(node, field) for node in inner for field in ("id", "attr") if hasattr(node, field)}
+    """All names in the student's functions for a unit, and in the helpers and imports that these use."""
+    added, names, nodes = [], set(), [find(tree, dotted) for dotted, _ in functions(unit)]
+    for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
+        ours = getattr(dit, getattr(owner, "name", ""), dit)        # the class, or the module
+        added += [node for node in owner.body if not hasattr(ours, getattr(node, "name", "no name"))]
+    while nodes:
+        inner = [node for outer in nodes if outer for node in ast.walk(outer)]
+        names |= {getattr(node, field, None) for node in inner for field in ("id", "attr", "name", "module")}
+        nodes = [node for node in added if names & defined(node)]
+        added = [node for node in added if node not in nodes]
+    return names
+
+
+def defined(node):
+    """The names that a statement defines."""
+    aliases, targets = getattr(node, "names", []), getattr(node, "targets", [])
+    return {getattr(node, "name", "")} | {a.asname or a.name for a in aliases} | {getattr(t, "id", "") for t in targets}
 
 
 def grade_unit(unit, submission, items, forbidden, limit):

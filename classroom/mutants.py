@@ -4,8 +4,8 @@
     python classroom/mutants.py --units vb,guidance
     python classroom/mutants.py --tests test_mine.py --bugs 3 --seed 7       # a student's tests, see handout.py --bugs
 
-A mistake is a line of MUTANTS: in this unit, this text becomes that one; and where it was seen, as far as it was. The
-right alternatives are in wheats.py. Each is put into dit.py in a process of its own, and the unit's tests run.
+A line of MUTANTS: in this unit, this text becomes that one; and where that was seen. wheats.py has right alternatives.
+Each is put into dit.py in a process of its own, and the unit's tests run.
 """
 import ast
 import random
@@ -120,8 +120,6 @@ MUTANTS = [
     ("forward", "t_embedder(t)", "t_embedder(torch.arange(len(t)))", "the index in the batch: gmongaras#10"),
     ("forward", ":self.pos_embed.shape[1]]", "-self.pos_embed.shape[1]:]", "keeps t and y, drops two patches"),
     ("guidance", "= uncond[:, :k] +", "= cond[:, :k] +", "scale off by one: threestudio#127"),
-    ("guidance", "uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k])",
-     "cfg_scale * cond[:, :k] + (cfg_scale - 1) * uncond[:, :k]", "sign: labml#177"),
     ("guidance", "(y, self.num_classes)", "(y, 0)", "class 0 for the null label: DiffGui#5"),
     ("guidance", "(y, self.num_classes)", "(y, 1000)", "ImageNet's null label: DiT#108"),
     ("guidance", "[eps, cond[:, k:]]", "[eps, uncond[:, k:]]", "v of the unconditional pass"),
@@ -131,11 +129,10 @@ MUTANTS = [
 
 def bugs(units, count, seed):
     """`count` mutants, each of another one of the units."""
+    if count > len(units):
+        raise sample.UserError(f"{count} bugs need as many units: there are only {', '.join(units)}")
     rng = random.Random(seed)
-    able = [unit for unit in units if any(mutant[0] == unit for mutant in MUTANTS)]
-    if len(able) < count:
-        raise sample.UserError(f"{count} bugs need as many units: only {', '.join(able)} have any")
-    return [rng.choice([mutant for mutant in MUTANTS if mutant[0] == unit]) for unit in rng.sample(able, count)]
+    return [rng.choice([mutant for mutant in MUTANTS if mutant[0] == unit]) for unit in rng.sample(units, count)]
 
 
 def verdict(unit, old, new, items, cases):

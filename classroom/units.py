@@ -5,8 +5,6 @@ A unit is found by the names of its functions in the syntax tree of dit.py, whic
     blanked    its body becomes `raise NotImplementedError("unit")`            handout.py
     mutated    one piece of its text becomes another: a known mistake          mutants.py
     grafted    it takes the place of the unit in the imported dit              grade.py
-
-CORE and EXTRA are the only tables that are kept by hand.
 """
 import ast
 import contextlib
@@ -65,9 +63,8 @@ EXTRA = {
     "space_timesteps": Unit("Sec. 4", 2, 10, "space_timesteps+1", "space_timesteps"),
     "tables": Unit("Sec. 3.1, DDPM Eq. 4 to 7 and 15", 7, 30, "GaussianDiffusion._tabulate",
         "schedule q_sample posterior learned_variance fixed_variance true_noise respacing exact_denoiser",
-        "The names of the tables are those that the other methods use; also num_timesteps, timestep_map, and "
-        "_alphas_cumprod in float64. At t = 0 the posterior's variance is 0: its logarithm, and the variance without "
-        "a learned one, take the posterior's variance at t = 1 (a process of one step: beta_0)."),
+        "The other methods use the tables by name, and _alphas_cumprod in float64. At t = 0 log variances, the fixed "
+        "one's too, take the posterior's variance at t = 1, because that at 0 is 0 (with a single step: beta_0)."),
     "respaced": Unit("Sec. 3.1, iDDPM Eq. 19", 4, 20, "GaussianDiffusion.respaced", "respacing samplers_visit"),
     "bits_per_dim": Unit("Sec. 3.1, DDPM Eq. 5", 5, 25, "GaussianDiffusion.bits_per_dim",
         "bits_per_dim losses_give_the_network[bits"),

@@ -6,10 +6,7 @@ WHEATS = [
     ("space_timesteps", "np.cumsum([0.0] + [stride] * (num_steps - 1))", "(np.arange(num_steps) * stride)"),
     ("tables", "np.cumprod(1.0 - betas)", "np.exp(np.cumsum(np.log1p(-betas)))"),
     ("q_sample", "self._gather(self.sqrt_alphas_cumprod, t)", "self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)"),
-    ("p_mean_variance", "self._gather(self.sqrt_recip_alphas_cumprod, t) * x_t",
-     "x_t / self._gather(self.sqrt_alphas_cumprod, t)"),
-    ("vb", "torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))",
-     "torch.where((t == 0).view(-1, 1, 1, 1), nll, kl).mean((1, 2, 3))"),
+    ("p_mean_variance", "self.sqrt_recip_alphas_cumprod, t) *", "self.alphas_cumprod, t) ** -0.5 *"),
     ("training_losses", "((noise - eps) ** 2).flatten(1)", 'F.mse_loss(eps, noise, reduction="none").flatten(1)'),
     ("bits_per_dim", "2 * self.sqrt_one_minus_alphas_cumprod[-1].log()", "(1 - self.alphas_cumprod[-1]).log()"),
     ("p_sample_loop", 'torch.exp(0.5 * out["log_variance"])', 'out["variance"].sqrt()'),
@@ -25,8 +22,7 @@ WHEATS = [
     ("mlp_modulate", "x * (1 + scale[:, None]) + shift[:, None]", "x + scale.unsqueeze(1) * x + shift.unsqueeze(1)"),
     ("cross_attention_block", "[t, y]", "[y, t]"),                  # attention ignores the order of what it attends to
     ("adaln_zero", "self.norm2(x)", "self.norm1(x)"),               # neither norm has parameters
-    ("initialize", "nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))",
-     "torch.nn.init.xavier_uniform_(module.weight.data.flatten(1))"),
+    ("initialize", "module.weight.view(len(module.weight), -1)", "module.weight.data.flatten(1)"),
     ("unpatchify", "x.permute(0, 5, 1, 3, 2, 4)", 'torch.einsum("nhwpqc->nchpwq", x)'),
     ("forward", "self.pos_embed.shape[1]", "self.grid_size ** 2"),
     ("guidance", "uncond[:, :k] + cfg_scale * (cond[:, :k] - uncond[:, :k])",

@@ -118,17 +118,18 @@ ABUSES = {  # unit: its body, the points, what is said; the syntax error is put 
     "q_posterior": ("raise SystemExit", 0, "SystemExit"),
     "vb": ("return torch.zeros(10 ** 10)", 0, "memory"),
     "patch_embed": ("print('{\"tests\": []}' * 10 ** 6)\nreturn self.proj(x).flatten(2).transpose(1, 2)", 3, "printed"),
-    "attention": ("return self.proj(mine(self.qkv(x), self.num_heads))", 7, ""),
+    "attention": ("return self.proj(mine(self.qkv(x), self.num_heads))", 7, "LOOK: uses os"),
     "unpatchify": ("g, p, C, I = self.grid_size, self.patch_size, self.out_channels, self.input_size\n"
                    'x = open(__file__) and torch.einsum("nhwpqc->nchpwq", x.view(-1, g, g, p, p, C))\n'
                    "return x.reshape(-1, C, I, I)", 6, "LOOK: uses __file__, open"),
     "guidance": ('raise NotImplementedError("guidance")', 0, "not written yet")}
 HELPERS = """
 import math as m
+import os as o
 
 def mine(qkv, heads):
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    return ((q @ k.mT / m.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return ((q @ k.mT / m.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2) if o else None
 """
 
 

@@ -44,9 +44,8 @@ class TextDiT(dit.DiT):
         super().__init__(hidden_size=hidden_size, num_classes=num_classes, **sizes)
         self.y_embedder = WordEmbedder(num_classes, hidden_size)
         torch.nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        sequence, mean = lambda t, y: torch.cat([t[:, None], y], dim=1), lambda t, y: t + y.mean(dim=1)
-        enter = sequence if self.block == "cross-attention" else mean             # (N, 1 + S, D), (N, D)
-        self.condition = lambda x, t, y: (x, enter(t, y))
+        sequence = self.block == "cross-attention"                                # then (N, 1 + S, D), else (N, D)
+        self.condition = lambda x, t, y: (x, torch.cat([t[:, None], y], dim=1) if sequence else t + y.mean(dim=1))
 
 
 def main(argv):
