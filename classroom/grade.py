@@ -32,7 +32,6 @@ from units import ROOT, UNITS, Ungradable, add_units, chosen_units, find, functi
 import dit
 import sample
 
-MEMORY = 3 << 30                                                    # bytes that a unit may allocate
 LOOK = set("open exec eval compile globals vars inspect importlib __import__ __file__ sys os io gc pathlib".split())
 
 
@@ -80,7 +79,7 @@ def in_a_process(work, limit):
         os.setsid()
         torch.set_num_threads(1)
         with contextlib.suppress(ValueError, OSError):              # macOS has no such limit
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))          # bytes
         with tempfile.TemporaryFile() as file:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)

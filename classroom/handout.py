@@ -1,8 +1,7 @@
 """Write the students' folder: dit.py with the bodies of some units left to write, its tests, and TASKS.md.
 
     python classroom/handout.py OUT                                  # the core units; --core --extra: all
-    python classroom/handout.py OUT --units attention,adaln_zero
-    python classroom/handout.py OUT --extra --with-reference         # for self-study: the solution lies beside it
+    python classroom/handout.py OUT --units attention,adaln_zero --with-reference            # the solution beside it
     python classroom/handout.py OUT --bugs 3 --seed 7                # "find the bug": three lines are wrong, no tests
 
 In OUT, `pytest` runs the tests in the paper's order. A test that waits for another unit is skipped with its name.
@@ -74,8 +73,7 @@ def main(argv):
     (out / "dit.py").write_text(source)
     if args.with_reference:
         shutil.copy(ROOT / "dit.py", out / "dit_reference.py")
-    what = f"{args.bugs} bugs" if args.bugs else f"{len(units)} units to write"
-    print(f"{out}: dit.py with {what}; begin with {out / 'TASKS.md'}")
+    print(f"{out}: a dit.py with {args.bugs or len(units)} {'bugs' if args.bugs else 'units to write'}, and TASKS.md")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ def main(argv):
     parser.add_argument("--bugs", type=int, help="only these mistakes: the number given to handout.py")
     parser.add_argument("--seed", type=int, default=0, help="the seed given to handout.py")
     args = parser.parse_args(argv)
-    every = not (args.units or args.core or args.extra or args.bugs)
-    units, right, wrong = list(UNITS) if every else chosen_units(args), [], []
+    some = args.units or args.core or args.extra or args.bugs
+    units, right, wrong = chosen_units(args) if some else list(UNITS), [], []
     mistakes = bugs(in_order(units), args.bugs, args.seed) if args.bugs else MUTANTS
 
     def work(items):

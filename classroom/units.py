@@ -191,8 +191,6 @@ def bring_helpers(owner, tree, names, path):
                         setattr(owner, name, value)
 
 
-# The command line's way to name units ---------------------------------------------------------------------------------
-
 def add_units(parser):
     parser.add_argument("--units", help="these units, separated by commas")
     parser.add_argument("--core", action="store_true", help="the core units (default)")

@@ -20,7 +20,7 @@ import sample
 import train
 
 COLOURS = ["red", "yellow", "green", "cyan", "blue", "magenta"]                   # hues 0, 1/6, ... 5/6
-WORDS = [*COLOURS, *train.SHAPES]
+WORDS = COLOURS + list(train.SHAPES)
 
 
 def colour_of(image):
@@ -40,27 +40,40 @@ class WordEmbedder(dit.LabelEmbedder):
 class TextDiT(dit.DiT):
     """A DiT whose y is a text, (N, S) numbers of words; num_classes is the number of words."""
 
-    def __init__(self, hidden_size, num_classes, **sizes):
-        super().__init__(hidden_size=hidden_size, num_classes=num_classes, **sizes)
-        self.y_embedder = WordEmbedder(num_classes, hidden_size)
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.y_embedder = WordEmbedder(self.num_classes, sizes["hidden_size"])
         torch.nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        sequence = self.block == "cross-attention"                                # then (N, 1 + S, D), else (N, D)
-        self.condition = lambda x, t, y: (x, torch.cat([t[:, None], y], dim=1) if sequence else t + y.mean(dim=1))
+        self.condition = sequence if self.block == "cross-attention" else mean
+
+
+def sequence(x, t, y):                                                            # (N, T, D), (N, D), (N, S, D)
+    return x, torch.cat([t[:, None], y], dim=1)                                   # (N, T, D), (N, 1 + S, D)
+
+
+def mean(x, t, y):
+    return x, t + y.mean(dim=1)                                                   # (N, T, D), (N, D)
 
 
 def main(argv):
-    cfg, train.DiT = train.parse_args(["--out", "runs/text", *argv]), TextDiT
+    cfg = train.parse_args(["--out", "runs/text", *argv])
     images = np.stack([train.draw_shape(i, 16) for i in range(20_000)])
-    texts = np.array([[colour_of(image), len(COLOURS) + i % 10] for i, image in enumerate(images)])
-    rt, diffusion = train.Runtime(cfg), dit.GaussianDiffusion()
-    training = train.Training(cfg, rt, num_classes=len(WORDS))
-    for step, batch in tqdm(train.batches(cfg, rt, images.transpose(0, 3, 1, 2), texts, start=0), total=cfg.steps):
-        train.train_step(cfg, rt, training, diffusion, batch, step)
+    texts = np.array([[colour_of(image), 6 + i % 10] for i, image in enumerate(images)])
+    images = images.transpose(0, 3, 1, 2)
 
-    asked = [[colour, WORDS.index(shape)] for shape in ("star", "heart", "ring", "arrow") for colour in range(6)]
-    drawn = sample.to_uint8(sample.sample_images(training.ema, asked, steps=50, sampler="ddim", cfg_scale=2.0))
+    train.DiT = TextDiT
+    rt = train.Runtime(cfg)
+    training = train.Training(cfg, rt, num_classes=len(WORDS))
+    for step, batch in tqdm(train.batches(cfg, rt, images, texts, start=0), total=cfg.steps):
+        train.train_step(cfg, rt, training, dit.GaussianDiffusion(), batch, step)
+
+    shapes = [WORDS.index(shape) for shape in ("star", "heart", "ring", "arrow")]
+    asked = [[colour, shape] for shape in shapes for colour in range(6)]
+    drawn = sample.sample_images(training.ema, asked, steps=50, sampler="ddim", cfg_scale=2.0)
+    drawn = sample.to_uint8(drawn)
     sample.grid_image(drawn, 6).save("text.png")
-    right = sum(colour_of(x.permute(1, 2, 0).numpy()) == colour for x, (colour, _) in zip(drawn, asked, strict=True))
+    seen = [colour_of(image.permute(1, 2, 0).numpy()) for image in drawn]
+    right = sum(colour == text[0] for colour, text in zip(seen, asked, strict=True))
     print(f"text.png: stars, hearts, rings, arrows in {', '.join(COLOURS)}; {right} of 24 have the colour asked for")
 
 
