@@ -32,6 +32,7 @@ from units import ROOT, UNITS, Ungradable, add_units, chosen_units, find, functi
 import dit
 import sample
 
+YOURS = "your dit.py"                                               # the student's functions, in tracebacks
 LOOK = set("open exec eval compile globals vars inspect importlib __import__ __file__ sys os io gc pathlib".split())
 
 
@@ -57,9 +58,11 @@ def run_tests(items, stop=False):
     class Listen:
         def pytest_runtest_logreport(self, report):
             if not report.passed and not found[item.name]:
-                crash = getattr(report.longrepr, "reprcrash", None)
-                where = f" (line {crash.lineno})" if crash and "test_dit" not in crash.path else ""
-                found[item.name] = " ".join((crash.message if crash else str(report.longrepr)).split())[:300] + where
+                crash, trace = (getattr(report.longrepr, part, None) for part in ("reprcrash", "reprtraceback"))
+                message = crash.message.partition("\n +")[0] if crash else str(report.longrepr)
+                places = [entry.reprfileloc for entry in getattr(trace, "reprentries", []) if entry.reprfileloc]
+                lines = [f" ({YOURS}, line {place.lineno})" for place in places if place.path.endswith(YOURS)]
+                found[item.name] = " ".join(message.split())[:300] + "".join(lines[-1:])
 
     items[0].config.pluginmanager.register(Listen())
     for item, following in zip(items, [*items[1:], None], strict=True):
@@ -109,7 +112,7 @@ def in_a_process(work, limit):
 # A submission ---------------------------------------------------------------------------------------------------------
 
 def read(path):
-    """(path of dit.py, its syntax tree, {line: message}). Of a function with a syntax error only the name stays."""
+    """(the syntax tree of dit.py, {line: message}). Of a function with a syntax error only the name stays."""
     path, broken = Path(path) / "dit.py" if Path(path).is_dir() else Path(path), {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -126,7 +129,7 @@ def read(path):
                 broken[i + 1] = f"line {i + (error.lineno or 1)}: {error.msg}"
                 lines[i:end] = [f"{indent}{start[2]}(): pass\n"] + ["\n"] * (end - i - 1)
     try:
-        return path, ast.parse("".join(lines), str(path)), broken
+        return ast.parse("".join(lines)), broken
     except SyntaxError as error:
         raise sample.UserError(f"{path}, line {error.lineno}: {error.msg}. Run `python {path}` first") from None
 
@@ -153,10 +156,10 @@ def defined(node):
 
 def grade_unit(unit, submission, items, forbidden, limit):
     """(points, [what there is to say]) of a unit."""
-    (path, tree, broken), cases = submission, tests(unit, items)
+    (tree, broken), cases = submission, tests(unit, items)
 
     def work():
-        graft(dit, tree, unit, str(path))
+        graft(dit, tree, unit, YOURS)
         return run_tests([items[case] for case in cases])
 
     names = names_in(tree, unit)

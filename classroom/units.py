@@ -32,8 +32,7 @@ class Unit(NamedTuple):
 
 CORE = {
     "normal_kl": Unit("Sec. 3.1", 3, 10, "normal_kl", "normal_kl"),
-    "q_sample": Unit("Sec. 3.1, DDPM Eq. 4", 4, 10, "GaussianDiffusion.q_sample", "q_sample",
-        "Use the tables, which were computed in float64: 1 - alphas_cumprod[t] in float32 has lost digits."),
+    "q_sample": Unit("Sec. 3.1, DDPM Eq. 4", 4, 10, "GaussianDiffusion.q_sample", "q_sample"),
     "q_posterior": Unit("Sec. 3.1, DDPM Eq. 6, 7", 7, 25, "GaussianDiffusion.q_posterior_mean_variance", "posterior"),
     "p_mean_variance": Unit("Sec. 3.1, iDDPM Eq. 15", 9, 35, "GaussianDiffusion.p_mean_variance",
         "learned_variance fixed_variance true_noise clip_denoised"),

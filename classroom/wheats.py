@@ -2,7 +2,7 @@
 WHEATS = [
     ("normal_kl", "torch.exp(logvar1 - logvar2)", "logvar1.exp() / logvar2.exp()"),
     ("tables", "np.cumprod(1.0 - betas)", "np.exp(np.cumsum(np.log1p(-betas)))"),
-    ("q_sample", "self._gather(self.sqrt_alphas_cumprod, t)", "self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)"),
+    ("q_sample", "(self.sqrt_one_minus_alphas_cumprod, t)", "(1 - self.alphas_cumprod, t).sqrt()"),
     ("p_mean_variance", "self.sqrt_recip_alphas_cumprod, t) *", "self.alphas_cumprod, t) ** -0.5 *"),
     ("training_losses", "((noise - eps) ** 2).flatten(1)", 'F.mse_loss(eps, noise, reduction="none").flatten(1)'),
     ("p_sample_loop", 'torch.exp(0.5 * out["log_variance"])', 'out["variance"].sqrt()'),
@@ -12,7 +12,6 @@ WHEATS = [
     ("timestep_embedding", "torch.exp(-math.log(max_period) *", "torch.pow(max_period, -1.0 *"),
     ("label_embedder", "torch.where(drop, self.num_classes, y)", "y.masked_fill(drop, self.num_classes)"),
     ("attention", "F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT / k.shape[-1] ** 0.5).softmax(-1) @ v"),
-    ("cross_attention", "kv.permute(2, 0, 3, 1, 4)", "kv.transpose(1, 3).unbind(2)"),
     ("mlp_modulate", "x * (1 + scale[:, None]) + shift[:, None]", "x + scale.unsqueeze(1) * x + shift.unsqueeze(1)"),
     ("cross_attention_block", "[t, y]", "[y, t]"),                  # attention ignores the order of what it attends to
     ("adaln_zero", "self.norm2(x)", "self.norm1(x)"),               # neither norm has parameters

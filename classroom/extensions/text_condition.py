@@ -67,10 +67,9 @@ def main(argv):
     for step, batch in tqdm(train.batches(cfg, rt, images, texts, start=0), total=cfg.steps):
         train.train_step(cfg, rt, training, dit.GaussianDiffusion(), batch, step)
 
-    shapes = [WORDS.index(shape) for shape in ("star", "heart", "ring", "arrow")]
+    shapes = map(WORDS.index, ["star", "heart", "ring", "arrow"])
     asked = [[colour, shape] for shape in shapes for colour in range(6)]
-    drawn = sample.sample_images(training.ema, asked, steps=50, sampler="ddim", cfg_scale=2.0)
-    drawn = sample.to_uint8(drawn)
+    drawn = sample.to_uint8(sample.sample_images(training.ema, asked, steps=50, sampler="ddim", cfg_scale=2.0))
     sample.grid_image(drawn, 6).save("text.png")
     seen = [colour_of(image.permute(1, 2, 0).numpy()) for image in drawn]
     right = sum(colour == text[0] for colour, text in zip(seen, asked, strict=True))
