@@ -205,8 +205,8 @@ def test_the_answers_are_computed():
 
 
 def test_the_sessions_table_adds_up():
-    rows = re.findall(r"^\| \d\. .*", (CLASSROOM / "README.md").read_text(), re.M)
-    seen = []
+    text, seen = (CLASSROOM / "README.md").read_text(), []
+    rows = re.findall(r"^\| \d\. .*", text, re.M)
     for row in rows:
         _, _, *cells = (cell.strip() for cell in row.split("|"))
         for names, points, minutes in (cells[:3], cells[3:6]):
@@ -214,6 +214,10 @@ def test_the_sessions_table_adds_up():
             assert [sum(u.points for u in chosen), sum(u.minutes for u in chosen)] == [int(points), int(minutes)], row
             seen += names.split(", ")
     assert sorted(filter(None, seen)) == sorted(units.UNITS)
+    core, extra = (" | ".join(str(n) for n in (len(table), sum(u.points for u in table.values()),
+                                               sum(u.minutes for u in table.values())))
+                   for table in (units.CORE, units.EXTRA))
+    assert f"| all | {core} | {extra} |" in text
 
 
 def randomized(model):
