@@ -1,0 +1,215 @@
+"""Grade a student's dit.py, unit by unit. One mistake costs one unit.
+
+    python classroom/grade.py SUBMISSION                             # dit.py, or a folder that contains it
+    python classroom/grade.py SUBMISSION --extra --gradescope results.json        # or --units vb,guidance
+    python classroom/grade.py SUBMISSION --forbid scaled_dot_product_attention,einsum
+
+Each unit is tested by test_dit.py in a process of its own, where the student's functions take the place of the unit in
+this folder's dit.py. So everything else is right, and whatever the code does, it does to its own unit. Helpers, imports
+and new methods of the student's come along; other changes are left out. For Linux and macOS.
+
+Nothing stops code that reads the reference. A unit that uses a name such as `open` is marked LOOK, for a person.
+"""
+import ast
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from units import ROOT, UNITS, Ungradable, add_units, chosen_units, find, functions, graft, tests
+
+import dit
+import sample
+
+YOURS = "your dit.py"                                               # the student's functions, in tracebacks
+LOOK = set("open exec eval compile globals vars inspect importlib __import__ __file__ sys os io gc pathlib".split())
+
+
+# Tests, and processes of their own ------------------------------------------------------------------------------------
+
+def with_tests(path, work):
+    """work({name: test case}) with the tests of a file: they are collected once, and every process inherits them."""
+    class Work:
+        def pytest_runtestloop(self, session):
+            session.config.option.tbstyle = "short"                 # the long one prints all arguments
+            work({item.name: item for item in session.items})
+            return True
+
+    flags = ["-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]
+    if pytest.main([*flags, str(path)], plugins=[Work()]):
+        raise sample.UserError(f"the tests of {path} cannot be run: try `pytest {path}`")
+
+
+def run_tests(items, stop=False):
+    """{name: "" or what went wrong, in one line} of test cases; with `stop`, up to the first that fails."""
+    found = {}
+
+    class Listen:
+        def pytest_runtest_logreport(self, report):
+            if not report.passed and not found[item.name]:
+                crash, trace = (getattr(report.longrepr, part, None) for part in ("reprcrash", "reprtraceback"))
+                message = crash.message.partition("\n +")[0] if crash else str(report.longrepr)
+                places = [entry.reprfileloc for entry in getattr(trace, "reprentries", []) if entry.reprfileloc]
+                lines = [f" ({YOURS}, line {place.lineno})" for place in places if place.path.endswith(YOURS)]
+                found[item.name] = " ".join(message.split())[:300] + "".join(lines[-1:])
+
+    items[0].config.pluginmanager.register(Listen())
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        found[item.name] = ""
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+        if stop and found[item.name]:
+            break
+    return found
+
+
+def in_a_process(work, limit):
+    """(what work() returned in a forked process, what it printed last); Ungradable if it returned nothing."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+
+    def child():
+        os.setsid()
+        torch.set_num_threads(1)
+        with contextlib.suppress(ValueError, OSError):              # macOS has no such limit
+            resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))          # bytes
+        with tempfile.TemporaryFile() as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            try:
+                result = dict(result=work())
+            except Ungradable as error:
+                result = dict(error=str(error))
+            sys.stdout.flush()
+            file.seek(max(0, file.seek(0, 2) - 200))
+            theirs.send_bytes(json.dumps(result | dict(said=file.read().decode(errors="replace"))).encode())
+
+    process = fork.Process(target=child)
+    process.start()
+    theirs.close()
+    try:
+        answer = json.loads(ours.recv_bytes()) if ours.poll(limit) else dict(error=f"took longer than {limit:g} s")
+    except (EOFError, OSError, ValueError):
+        answer = dict(error="ended the process, or ran out of memory")
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    if "error" in answer:
+        raise Ungradable(answer["error"])
+    return answer["result"], answer["said"]
+
+
+# A submission ---------------------------------------------------------------------------------------------------------
+
+def read(path):
+    """(the syntax tree of dit.py, {line: message}). Of a function with a syntax error only the name stays."""
+    path, broken = Path(path) / "dit.py" if Path(path).is_dir() else Path(path), {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise sample.UserError(f"cannot read {path} ({error}): name a dit.py, or a folder that contains one") from None
+    for i, line in enumerate(lines):
+        if start := re.match(r"(    )?(def \w+)", line):
+            indent = start[1] or ""
+            more = re.compile(rf"\s*$|{indent}[ )]")                # an empty line, a deeper one, a closing bracket
+            end = next((j for j in range(i + 1, len(lines)) if not more.match(lines[j])), len(lines))
+            try:
+                ast.parse(textwrap.dedent("".join(lines[i:end])))
+            except SyntaxError as error:
+                broken[i + 1] = f"line {i + (error.lineno or 1)}: {error.msg}"
+                lines[i:end] = [f"{indent}{start[2]}(): pass\n"] + ["\n"] * (end - i - 1)
+    try:
+        return ast.parse("".join(lines)), broken
+    except SyntaxError as error:
+        raise sample.UserError(f"{path}, line {error.lineno}: {error.msg}. Run `python {path}` first") from None
+
+
+def names_in(tree, unit):
+    """All names in the student's functions for a unit, and in the helpers and imports that these use."""
+    added, names, nodes = [], set(), [find(tree, dotted) for dotted, _ in functions(unit)]
+    for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
+        ours = getattr(dit, getattr(owner, "name", ""), dit)        # the class, or the module
+        added += [node for node in owner.body if not hasattr(ours, getattr(node, "name", "no name"))]
+    while nodes:
+        inner = [node for outer in nodes if outer for node in ast.walk(outer)]
+        names |= {getattr(node, field, None) for node in inner for field in ("id", "attr", "name", "module")}
+        nodes = [node for node in added if names & defined(node)]
+        added = [node for node in added if node not in nodes]
+    return names
+
+
+def defined(node):
+    """The names that a statement defines."""
+    aliases, targets = getattr(node, "names", []), getattr(node, "targets", [])
+    return {getattr(node, "name", "")} | {a.asname or a.name for a in aliases} | {getattr(t, "id", "") for t in targets}
+
+
+def grade_unit(unit, submission, items, forbidden, limit):
+    """(points, [what there is to say]) of a unit."""
+    (tree, broken), cases = submission, tests(unit, items)
+
+    def work():
+        graft(dit, tree, unit, YOURS)
+        return run_tests([items[case] for case in cases])
+
+    names = names_in(tree, unit)
+    try:
+        for node in filter(None, (find(tree, dotted) for dotted, _ in functions(unit))):
+            if node.lineno in broken:
+                raise Ungradable(f"syntax error in {broken[node.lineno]}")
+        if used := sorted(names & set(forbidden)):
+            raise Ungradable(f"uses {', '.join(used)}, which is not allowed here")
+        found, said = in_a_process(work, limit)
+    except Ungradable as error:
+        return 0, [str(error)]
+    notes = [f"{name}: {message}" for name, message in found.items() if message]
+    points = round(UNITS[unit].points * (1 - len(notes) / len(cases)), 2)
+    if all("NotImplementedError" in message for message in found.values()):
+        notes = ["not written yet"]
+    notes += [f"LOOK: uses {', '.join(sorted(names & LOOK))}"] if names & LOOK else []
+    return points, notes + ([f"printed: {' '.join(said.split())}"] if said.strip() else [])
+
+
+def write_gradescope(path, graded):
+    """results.json: one test for each unit, also for those that are still to come."""
+    rows = [dict(name=f"{unit} ({UNITS[unit].paper})", score=points, max_score=UNITS[unit].points,
+                 output="\n".join(notes), visibility="visible") for unit, (points, notes) in graded.items()]
+    Path(f"{path}.part").write_text(json.dumps(dict(tests=rows), indent=1))
+    os.replace(f"{path}.part", path)
+
+
+def main(argv):
+    parser = sample.Parser(prog="grade.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("submission", help="a student's dit.py, or its folder")
+    add_units(parser)
+    parser.add_argument("--gradescope", help="write Gradescope's results.json here, anew after each unit")
+    parser.add_argument("--limit", type=float, default=30, help="seconds a unit may take (default: 30)")
+    parser.add_argument("--forbid", default="", help="names that the units may not use, separated by commas")
+    args = parser.parse_args(argv)
+    submission, forbidden = read(args.submission), args.forbid.split(",")
+    graded = {unit: (0, ["not graded yet"]) for unit in chosen_units(args)}
+
+    def work(items):
+        for unit in graded:
+            points, notes = graded[unit] = grade_unit(unit, submission, items, forbidden, args.limit)
+            print("\n    ".join([f"{unit:22}{points:6g} of {UNITS[unit].points}", *notes]), flush=True)
+            if args.gradescope:
+                write_gradescope(args.gradescope, graded)
+        total, most = sum(points for points, _ in graded.values()), sum(UNITS[unit].points for unit in graded)
+        print(f"total{'':17}{total:6g} of {most}")
+
+    with_tests(ROOT / "test_dit.py", work)
+
+
+if __name__ == "__main__":
+    sample.run(main, less_memory="grade fewer units")
