@@ -113,11 +113,11 @@ def test_every_format_of_pillow_is_read(extension, tmp_path):
 def test_splits_are_no_classes(pets, tmp_path):
     for split, n in (("test", 1), ("train", 2), ("val", 1)):
         for i in range(n):
-            shutil.copytree(pets, tmp_path / "root" / split / str(i))
-    picture(tmp_path / "root" / "train" / "loose.png")
-    assert f"--data {tmp_path}/root/train" in read(tmp_path / "root")
-    assert source_of(tmp_path / "root" / "val").class_names == ["0"]
-    assert "all pictures lie deeper" in source_of(tmp_path / "root" / "val").note
+            shutil.copytree(pets, tmp_path / "pets-root" / split / str(i))
+    picture(tmp_path / "pets-root" / "train" / "loose.png")
+    assert f"--data {tmp_path}/pets-root/train" in read(tmp_path / "pets-root")
+    assert source_of(tmp_path / "pets-root" / "val").class_names == ["0"]
+    assert "all pictures lie deeper" in source_of(tmp_path / "pets-root" / "val").note
     for name in ("train", "bus"):                                                 # with pictures of its own it is one
         picture(tmp_path / "vehicles" / name / "0.png")
     assert source_of(tmp_path / "vehicles").class_names == ["bus", "train"]
