@@ -297,6 +297,7 @@ def test_the_extensions_train_and_draw(name, tmp_path):
     else:
         python(script, tmp_path / "run", "--steps", 2, "--out", "samples.png", folder=tmp_path)
         assert (tmp_path / "samples.png").exists()
+        assert "is it a DiT?" in python(ROOT / "sample.py", tmp_path / "run", folder=tmp_path, status=2)
 
 
 def test_the_notebook_is_clean():

@@ -58,6 +58,10 @@ class FlowMatching:
 
 def main(argv):
     train.GaussianDiffusion = sample.GaussianDiffusion = FlowMatching
+    # checkpoints say what they predict, so that sample.py does not take them for a diffusion model's
+    sizes, DiT = train.model_args, train.DiT
+    train.model_args = lambda *args, **kwargs: dict(sizes(*args, **kwargs), predicts="velocity")
+    train.DiT = sample.DiT = lambda predicts, **sizes: DiT(**sizes)
     if argv and not argv[0].startswith("-"):
         return sample.main(argv)
     train.main(["--out", "runs/flow", *argv])
