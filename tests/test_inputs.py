@@ -4,7 +4,6 @@ import os
 import shutil
 import struct
 import unicodedata
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +200,7 @@ def test_odd_exif_entries_do_not_stop_a_rotated_photo(error, tmp_path):
         ImageOps.exif_transpose(Image.open(odd))
     assert np.array_equal(read(tmp_path / "odd"), read(tmp_path / "good"))
 
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
 @pytest.mark.parametrize("entry", [(0x0112, 1, 1, b"\6"), (0x0112, 3, 2, struct.pack("<HH", 6, 6)),
                                    (0x0112, 5, 1, struct.pack("<II", 6, 1)), (0x0112, 2, 2, b"6\0")])
 def test_an_orientation_of_another_type_is_still_a_number(entry, tmp_path):
@@ -284,11 +284,11 @@ def damaged(content, rng):
     return content
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_twelve_thousand_damaged_pictures_are_a_picture_or_one_line_each(tmp_path):
     path, rng, files, read_ones, lines = tmp_path / "a" / "0.png", np.random.default_rng(0), small_pictures(), 0, set()
     picture(path)
     source = source_of(tmp_path)
-    warnings.simplefilter("ignore")
     for k in range(12_000):
         path.write_bytes(damaged(files[k % len(files)], rng))
         try:
