@@ -115,9 +115,12 @@ def read(path):
     """(the syntax tree of dit.py, {line: message}). Of a function with a syntax error only the name stays."""
     path, broken = Path(path) / "dit.py" if Path(path).is_dir() else Path(path), {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise sample.UserError(f"cannot read {path} ({error}): name a dit.py, or a folder that contains one") from None
+    with contextlib.suppress(SyntaxError, ValueError):
+        return ast.parse(text), broken
+    lines = text.splitlines(keepends=True)
     for i, line in enumerate(lines):
         if start := re.match(r"(    )?(def \w+)", line):
             indent = start[1] or ""
@@ -196,7 +199,7 @@ def main(argv):
     parser.add_argument("--limit", type=float, default=30, help="seconds a unit may take (default: 30)")
     parser.add_argument("--forbid", default="", help="names that the units may not use, separated by commas")
     args = parser.parse_args(argv)
-    submission, forbidden = read(args.submission), args.forbid.split(",")
+    submission, forbidden = read(args.submission), args.forbid.replace(" ", "").split(",")
     graded = {unit: (0, ["not graded yet"]) for unit in chosen_units(args)}
 
     def work(items):

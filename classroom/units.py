@@ -100,7 +100,8 @@ def tests(unit, cases):
 def find(tree, dotted):
     """The definition of a class, method or function, such as "DiT.forward"; None if there is none."""
     for name in dotted.split("."):
-        tree = next((node for node in getattr(tree, "body", []) if getattr(node, "name", None) == name), None)
+        bodies = reversed(getattr(tree, "body", []))                # the last definition is the one that counts
+        tree = next((node for node in bodies if getattr(node, "name", None) == name), None)
     return tree
 
 

@@ -17,6 +17,7 @@ import sample
 
 sys.path.insert(0, str(ROOT / "classroom"))
 sys.path.insert(0, str(ROOT / "classroom" / "extensions"))
+import grade
 import handout
 import mutants
 import units
@@ -151,10 +152,20 @@ def test_one_mistake_costs_one_unit(tmp_path):
         assert words or not graded[unit][1]
 
 
+def test_what_python_reads_is_read(tmp_path):
+    """A byte order mark, a comment in column 0; and of two definitions the last one counts."""
+    first = "def normal_kl(mean1, logvar1, mean2, logvar2):\n    raise NotImplementedError\n\n"
+    mine = tmp_path / "dit.py"
+    mine.write_text(f"{first}{REFERENCE}".replace("        N, T, D = x.shape\n", "# mine\n        N, T, D = x.shape\n"),
+                    encoding="utf-8-sig")
+    tree, broken = grade.read(mine)
+    assert not broken and ast.unparse(units.find(tree, "normal_kl")) == ast.unparse(units.find(
+        ast.parse(REFERENCE), "normal_kl"))
+
 @pytest.mark.slow
 def test_names_can_be_forbidden():
     name = "scaled_dot_product_attention"
-    text = python(CLASSROOM / "grade.py", ROOT, "--units", "attention,q_sample", "--forbid", name)
+    text = python(CLASSROOM / "grade.py", ROOT, "--units", "attention,q_sample", "--forbid", f"einsum, {name}")
     assert scores(text) == {"attention": (0, f"uses {name}, which is not allowed here"), "q_sample": (4, "")}
     assert "name a dit.py" in python(CLASSROOM / "grade.py", ROOT / "docs", status=2)
 
