@@ -271,6 +271,9 @@ def test_flow_matching_takes_diffusions_place(monkeypatch):
 
     ends = flow.p_sample_loop(exact, torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)).flatten()
     assert ends.tolist() == pytest.approx([m - s2 ** 0.5, m, m + s2 ** 0.5], abs=5e-3)    # Euler's error at 1000 steps
+    times = []
+    flow.respaced(4).p_sample_loop(lambda x, t: times.append(t.tolist()) or x, noise[:1])
+    assert times == [[999], [749], [499], [249]]                    # the same s as q_sample's
     monkeypatch.setattr(sample, "GaussianDiffusion", FlowMatching)
     model, seen = tiny_dit(), []
     drawn = sample.sample_images(model, [0, 4], steps=3, on_step=lambda i, x, x_0: seen.append(i))
