@@ -376,8 +376,8 @@ def write_npz(path, pictures):
 
 def class_number(word, class_names):
     """The number of a class from its name, its number, or both as in 3:heart. UserError if two classes fit."""
-    word, readings = unicodedata.normalize("NFC", word), {}
-    for i, name in enumerate(unicodedata.normalize("NFC", name).strip() for name in class_names):
+    word, readings = nfc(word), {}
+    for i, name in enumerate(nfc(name).strip() for name in class_names):
         # 1 may mean the folder 01, or 001.albatross
         same_number = word.isdecimal() and re.match(f"0*{word}(?![0-9A-Za-z])", name)
         if same_number or word in (str(i), name, f"{i}:{name}"):
@@ -539,6 +539,11 @@ def between(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__                                  # for argparse's own messages
     return parse
+
+
+def nfc(text):
+    """One spelling for names that look the same: a Mac writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", text)
 
 
 def run(main, less_memory):

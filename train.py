@@ -40,7 +40,6 @@ import signal
 import stat
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +59,7 @@ from tqdm import tqdm
 
 import sample
 from dit import DESIGNS, Attention, DiT, DiT_models, GaussianDiffusion
-from sample import SCALE, VAE, Parser, UserError, atomic_write, between, explaining, load_checkpoint, writing
+from sample import SCALE, VAE, Parser, UserError, atomic_write, between, explaining, load_checkpoint, nfc, writing
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
@@ -587,11 +586,6 @@ def is_picture(path):
     return kind in Image.OPEN.keys() - NO_PICTURES
 
 
-def nfc(text):
-    """One spelling for names that look the same: a Mac writes an accent as a letter of its own."""
-    return unicodedata.normalize("NFC", text)
-
-
 OUTPUTS = {"config.json", "log.csv"}, {"settings.json", "labels.txt"}       # the files that mark a run, and a set
 
 
@@ -624,10 +618,11 @@ def files_below(data, skipped, left_out):
 
 
 def list_folder(data, skipped):
-    """({class: [(path, os.stat)] of its pictures}, {what is left out: paths}) of the folder `data`."""
+    """({class: [(path below data, os.stat)] of its pictures}, {what is left out: paths}) of the folder `data`."""
     classes, left_out = {}, collections.defaultdict(list)
     for path in files_below(data, skipped, left_out):
-        name, *below = nfc(os.path.relpath(path, data)).split(os.sep)
+        relative = os.path.relpath(path, data)
+        name, *below = nfc(relative).split(os.sep)
         if os.path.islink(path) and not os.path.exists(path):
             left_out["links that lead nowhere"].append(path)
         elif not stat.S_ISREG((status := os.stat(path)).st_mode) or not is_picture(path):
@@ -635,7 +630,7 @@ def list_folder(data, skipped):
         elif not below:
             left_out["pictures beside the class folders"].append(path)
         else:
-            classes.setdefault(name, []).append((path, status))
+            classes.setdefault(name, []).append((relative, status))
 
     told = {path for paths in left_out.values() for path in paths}
     folders = [entry for entry in os.scandir(data) if entry.is_dir() and is_visible(entry.name)]
@@ -665,8 +660,7 @@ def open_folder(cfg):
     note = f"left out of {data}: {said}" if said else ""
 
     # folders of folders
-    deep = {name: sum(os.path.relpath(path, data).count(os.sep) > 1 for path, _ in some)
-            for name, some in classes.items()}
+    deep = {name: sum(relative.count(os.sep) > 1 for relative, _ in some) for name, some in classes.items()}
     if any(deep.values()) and {name.lower() for name in classes} <= SPLITS:
         raise UserError(f"{data} has splits ({', '.join(classes)}) and not classes: choose one, such as --data "
                         f"{os.path.join(data, max(deep, key=deep.get))}")
@@ -674,7 +668,7 @@ def open_folder(cfg):
         note += f"{'; ' * bool(note)}all pictures lie deeper than the class folders: is {data} the right level?"
 
     def load(i):
-        path, _ = pictures[i]
+        path = os.path.join(data, pictures[i][0])
         try:
             with Image.open(path) as image:
                 return center_crop(image, cfg.image_size)
@@ -682,7 +676,7 @@ def open_folder(cfg):
             reason = str(error).replace(repr(path), "it")[:100]
             raise UserError(f"{path} ({type(error).__name__}: {reason})") from None
 
-    identity = [(nfc(os.path.relpath(path, data)).replace(os.sep, "/"), status.st_size) for path, status in pictures]
+    identity = [(nfc(relative).replace(os.sep, "/"), status.st_size) for relative, status in pictures]
     labels = [label for label, some in enumerate(classes.values()) for _ in some]
     return Source(identity, [status.st_mtime_ns for _, status in pictures], list(classes), labels, load, note)
 

@@ -4,7 +4,7 @@
     python classroom/extensions/flow_matching.py runs/flow/ckpt.pt --steps 50     # draws samples; flags of sample.py
 
 The path from image to noise is a straight line, the network predicts its velocity, and sampling follows it by Euler's
-method. train.py and sample.py see another class in GaussianDiffusion's place, and nothing else.
+method. train.py and sample.py see another class in GaussianDiffusion's place, and a note in the model's arguments.
 """
 import copy
 import sys
