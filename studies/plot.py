@@ -1,0 +1,94 @@
+"""Overlay the logs of any runs: raw points, smoothed curves, log-log.
+
+    python studies/plot.py runs/shapes runs/other                           # writes plot.png
+    python studies/plot.py runs/a runs/b --column mse --out mse.png         # another column of log.csv
+
+Two runs with one seed saw the same images, timesteps and noise at every step: their losses are paired, and the
+difference is smooth where the losses are not. The right half shows the difference to the first run.
+"""
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sample
+from sample import UserError, explaining
+
+COLOURS = {"in-context": "tab:orange", "cross-attention": "tab:green", "adaln": "tab:blue", "adaln-zero": "tab:red"}
+PAIRED = "seed", "batch_size", "label_drop", "data", "image_size", "vae", "flip"        # what batches are drawn by
+
+
+def axes(columns, title=None):
+    """(figure, axes side by side)."""
+    with explaining("pictures need matplotlib", "pip install -e '.[eval]'", ImportError):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    figure, places = plt.subplots(1, columns, figsize=(5.2 * columns, 4), layout="constrained", squeeze=False)
+    for place in places[0]:
+        place.grid(alpha=0.3, which="both")
+    figure.suptitle(title)
+    return figure, places[0]
+
+
+def save(figure, path):
+    with sample.atomic_write(Path(path)) as file:
+        figure.savefig(file, dpi=110, format="png")
+    print(path)
+
+
+def read_log(folder, column):
+    """(steps, values) of a run's log.csv."""
+    with explaining(f"{folder} is no run", "give folders that train.py wrote", OSError):
+        with open(Path(folder) / "log.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+    if not rows or column not in rows[0]:
+        raise UserError(f"{folder}/log.csv has no {column}: it has {', '.join(rows[0] if rows else ['no rows'])}")
+    return np.array([int(row["step"]) for row in rows]), np.array([float(row[column]) for row in rows])
+
+
+def smooth(values):
+    """A running mean over a fifteenth of the points, narrower at both ends."""
+    reach = len(values) // 30
+    return np.array([values[max(0, i - w):i + w + 1].mean() for i in range(len(values))
+                     for w in [min(reach, i, len(values) - 1 - i)]])
+
+
+def paired(folders):
+    """Whether the runs drew the same batches."""
+    settings = [json.loads((Path(folder) / "config.json").read_text()) for folder in folders]
+    return all(one.get(name) == settings[0].get(name) for one in settings for name in PAIRED)
+
+
+def main(argv):
+    flags = sample.Parser(description=__doc__.split("\n")[0])
+    flags.add_argument("runs", nargs="+", help="folders with a log.csv")
+    flags.add_argument("--column", default="loss", help="of log.csv (loss)")
+    flags.add_argument("--out", default="plot.png", help="the picture (plot.png)")
+    args = flags.parse_args(argv)
+
+    logs = {folder: read_log(folder, args.column) for folder in args.runs}
+    differences = [folder for folder in args.runs[1:] if paired([args.runs[0], folder])]
+    figure, places = axes(1 + bool(differences))
+    for number, (folder, (steps, values)) in enumerate(logs.items()):
+        colour = f"C{number}"
+        places[0].loglog(steps, values, ".", ms=2, alpha=0.3, color=colour)
+        places[0].loglog(steps, smooth(values), color=colour, label=folder)
+        if folder in differences:
+            first_steps, first_values = logs[args.runs[0]]
+            both, here, there = np.intersect1d(steps, first_steps, return_indices=True)
+            difference = values[here] - first_values[there]
+            places[1].semilogx(both, difference, ".", ms=2, alpha=0.3, color=colour)
+            places[1].semilogx(both, smooth(difference), color=colour, label=folder)
+    for place, label in zip(places, (args.column, f"difference to {args.runs[0]}"), strict=False):
+        place.set(xlabel="step", ylabel=label)
+        place.legend()
+    save(figure, args.out)
+
+
+if __name__ == "__main__":
+    sample.run(main, less_memory="give fewer runs")

@@ -1,0 +1,68 @@
+"""Figures 6 to 9: sizes and patch sizes. Loss against Gflops, against parameters, and against training compute.
+
+    python studies/sizes.py                                     # 50 minutes on two CPU cores
+
+All have adaLN-Zero and one learning rate. In pixels a token has p x p x 3 numbers and cannot return more of them than
+the width, so patch size 8 (192 numbers) is left to the widest model. Rows go to docs/studies/sizes.csv, the picture to
+docs/studies/sizes.png.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import lab
+import numpy as np
+import plot
+
+import sample
+
+SIZES = {
+    "S": dict(depth=2, hidden_size=64, num_heads=2),
+    "M": dict(depth=4, hidden_size=128, num_heads=4),
+    "L": dict(depth=6, hidden_size=192, num_heads=6),
+}
+PATCHES = {"S": [4, 2], "M": [4, 2], "L": [8, 4]}
+COLOURS = dict(zip(SIZES, ["tab:blue", "tab:orange", "tab:green"], strict=True))
+MARKERS = {8: "s", 4: "o", 2: "^"}
+
+
+def runs(seeds):
+    return [dict(size=size, patch_size=patch_size, **SIZES[size], lr=lab.COMMON, seed=seed)
+            for seed in seeds for size in SIZES for patch_size in PATCHES[size]]
+
+
+def exaflops(row, batch_size=32):
+    """Training compute so far: three forward passes a step, two flops a multiply-add."""
+    return 3 * 2 * row["mmacs"] * batch_size * row["step"] / 1e12
+
+
+def draw(groups, path):
+    figure, (left, middle, right) = plot.axes(3)
+    for (size, patch_size), rows in groups.items():
+        look = dict(color=COLOURS[size], marker=MARKERS[patch_size], ms=5)
+        for number, seed in enumerate(lab.grouped(rows, "seed").values()):
+            label = None if number else f"{size}/{patch_size}"
+            for place, measure in ((left, "mmacs"), (middle, "parameters")):
+                place.loglog([seed[-1][measure]], [seed[-1]["mse"]], ls="", label=label, **look)
+            right.loglog([exaflops(row) for row in seed], [row["mse"] for row in seed], lw=1, **look)
+    left.set(xlabel="million multiply-adds a forward pass", ylabel="eps-mse on unseen images")
+    middle.set(xlabel="parameters")
+    right.set(xlabel="training compute, exaflops")
+    left.legend()
+    plot.save(figure, path)
+
+
+def main(argv):
+    args = lab.parser(__doc__, steps=1500).parse_args(argv)
+    rows = lab.study("sizes", runs(range(args.seeds)), args)
+    groups = lab.grouped(rows, "size", "patch_size")
+    lab.report("eps-mse", {(f"{size}/{patch_size}",): some for (size, patch_size), some in groups.items()})
+    ends = [row for row in rows if row["step"] == args.steps]
+    for measure in ("mmacs", "parameters"):
+        r = np.corrcoef(np.log([row[measure] for row in ends]), np.log([row["mse"] for row in ends]))[0, 1]
+        print(f"correlation of log {measure} and log eps-mse: {r:.2f}")
+    draw(groups, f"{args.docs}/sizes.png")
+
+
+if __name__ == "__main__":
+    sample.run(main, less_memory="use --processes 1")
