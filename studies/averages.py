@@ -47,7 +47,7 @@ def main(argv):
                                   for kind in KINDS], args, alter=alter)
     groups = {(average, str(decay)): some for (average, decay), some in
               lab.grouped(rows, "average", "ema_decay").items()}
-    lab.report("eps-mse of the averaged weights", groups)
+    lab.report("eps-mse of the averaged weights", groups, errors=lab.per_image("averages", args))
     draw(groups, f"{args.docs}/averages.png")
 
 

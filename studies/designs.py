@@ -39,8 +39,9 @@ def draw(best, common, rows, path):
 def main(argv):
     args = lab.parser(__doc__, steps=1500).parse_args(argv)
     best, common, rows = lab.sweep("designs", [dict(block=block) for block in DESIGNS], args)
-    lab.report("eps-mse, each design at its best rate", best)
-    lab.report(f"eps-mse, all at {lab.COMMON:g}", common)
+    errors = lab.per_image("designs", args)
+    lab.report("eps-mse, each design at its best rate", best, errors=errors)
+    lab.report(f"eps-mse, all at {lab.COMMON:g}", common, errors=errors)
     lab.report("label use, at the best rates", best, "label_use", sign=-1)
     draw(best, common, rows, f"{args.docs}/designs.png")
 

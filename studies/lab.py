@@ -6,6 +6,7 @@ averaged weights lie in runs/studies/STUDY/, as a checkpoint. Runs are trained b
 small models are faster so than one after the other on two threads.
 """
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,8 +46,52 @@ def parser(description, steps):
 
 
 def key(run):
-    """A name for files: block=adaln,lr=0.004,seed=0."""
-    return ",".join(f"{name}={value}" for name, value in run.items())
+    """A name for a run, or for a row of it: block=adaln,lr=0.004,seed=0."""
+    about = itertools.takewhile(lambda item: item[0] != "parameters", run.items())
+    return ",".join(f"{name}={value}" for name, value in about)
+
+
+def checkpoint(name, run, args):
+    return Path(args.out) / name / f"{key(run)}.pt"
+
+
+class Table:
+    """Rows in a file of comma-separated values, as dictionaries. Numbers are numbers."""
+
+    def __init__(self, path):
+        self.path, self.rows = Path(path), []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            with open(path, newline="") as file:
+                self.rows = [{name: self.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+    @staticmethod
+    def number(text):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    def of(self, about):
+        """The rows that have all these values."""
+        return [row for row in self.rows if about.items() <= row.items()]
+
+    def add(self, rows, about):
+        """Put rows where the rows of `about` were, if there were any."""
+        self.rows = [row for row in self.rows if not about.items() <= row.items()] + rows
+        with sample.atomic_write(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def side_by_side(work, jobs, processes, desc):
+    """(job, work(*job)) for each of the jobs as it ends, in processes of one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(work, *job): job for job in jobs}
+        for done in tqdm(as_completed(running), desc=desc, unit="run", total=len(jobs)):
+            yield running[done], done.result()
 
 
 def train_run(run, settings, alter, path, validation):
@@ -82,51 +127,28 @@ def train_run(run, settings, alter, path, validation):
     return rows, found["mse"].mean(1).numpy().astype(np.float32)
 
 
-def read(path):
-    """The rows of a study, {column: value}. Numbers are numbers."""
-    def number(text):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
-def study(name, runs, args, alter=None, settings=None, validation=None):
-    """Train what is not trained yet; return the rows of these runs."""
-    os.environ["OMP_NUM_THREADS"] = "1"                             # of the processes to come
+def study(name, runs, args, alter=None, settings=None, validation=None, keep=False):
+    """Train what is not trained yet; return the rows of these runs. keep: their checkpoints are needed, too."""
     settings = vars(train.Config(**train.PRESETS["shapes"])) | dict(
         batch_size=32, lr_decay_steps=0, device="cpu", steps=args.steps) | (settings or {})
-    table = Path(args.docs) / f"{name}.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    done, ends = read(table), table.with_suffix(".npz")
-    per_image = dict(np.load(ends)) if ends.exists() else {}
-
-    def rows_of(run):
-        return [row for row in done if all(row.get(column) == value for column, value in run.items())]
-
-    left = [run for run in runs if not any(row["step"] == args.steps for row in rows_of(run))]
+    table = Table(f"{args.docs}/{name}.csv")
+    left = [run for run in runs if not table.of(run | dict(step=args.steps))
+            or keep and not checkpoint(name, run, args).exists()]
     if left and validation is None:
         images, labels = measure.unseen_shapes(args.images)
         validation = images / 127.5 - 1, labels
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(train_run, run, settings, alter, Path(args.out) / name / f"{key(run)}.pt", validation): run
-                for run in left}
-        for job in tqdm(as_completed(jobs), desc=name, unit="run", total=len(jobs)):
-            rows, errors = job.result()
-            done += rows
-            with sample.atomic_write(table, "w", newline="") as file:
-                writer = csv.DictWriter(file, done[0])
-                writer.writeheader()
-                writer.writerows(done)
-            per_image[key(jobs[job])] = errors
-            with sample.atomic_write(ends) as file:
-                np.savez(file, **per_image)
-    return [row for run in runs for row in rows_of(run) if row["step"] <= args.steps]
+    jobs = [(run, settings, alter, checkpoint(name, run, args), validation) for run in left]
+    for (run, *_), (rows, errors) in side_by_side(train_run, jobs, args.processes, name):
+        table.add(rows, run)
+        with sample.atomic_write(table.path.with_suffix(".npz")) as file:
+            np.savez(file, **per_image(name, args) | {key(run): errors})
+    return [row for run in runs for row in table.of(run) if row["step"] <= args.steps]
+
+
+def per_image(name, args):
+    """{key of a run: the eps-mse of each validation image at its end}."""
+    path = Path(args.docs) / f"{name}.npz"
+    return dict(np.load(path)) if path.exists() else {}
 
 
 def sweep(name, kinds, args, **how):
@@ -158,19 +180,24 @@ def grouped(rows, *columns):
     return dict(groups)
 
 
-def report(title, groups, column="mse", sign=1):
+def report(title, groups, column="mse", sign=1, errors=None):
     """Print each kind's values at the end, one for each seed, and what they show. sign: -1 if larger is better.
 
     One kind is better than another if every seed says so, and the gap of the means exceeds twice the larger range of
-    the seeds.
+    the seeds. errors: of each image, from per_image; the gap's standard error over the images is printed, too.
     """
-    values = {kind: np.array([row[column] for row in last(rows)]) for kind, rows in groups.items()}
+    ends = {kind: last(rows) for kind, rows in groups.items()}
+    values = {kind: np.array([row[column] for row in rows]) for kind, rows in ends.items()}
     print(title)
     for kind, some in values.items():
-        print(f"  {' '.join(kind):36} lr {groups[kind][0]['lr']:<6g} " + "  ".join(f"{value:.5f}" for value in some))
-    for better, ours in values.items():
-        for worse, theirs in values.items():
-            gaps = sign * (theirs - ours)
-            if len(ours) > 1 and gaps.min() > 0 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
-                share = gaps.mean() / abs(theirs.mean())
-                print(f"  {' '.join(better)} is better than {' '.join(worse)} by {share:.0%}")
+        print(f"  {' '.join(kind):36} lr {ends[kind][0]['lr']:<6g} " + "  ".join(f"{value:.5f}" for value in some))
+    for (better, ours), (worse, theirs) in itertools.permutations(values.items(), 2):
+        gaps = sign * (theirs - ours)
+        if len(gaps) > 1 and gaps.min() > 0 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
+            error = ""
+            if errors:
+                images = np.mean([errors[key(b)] - errors[key(a)] for a, b in zip(ends[better], ends[worse], strict=True)],
+                                 axis=0)
+                error = f" +- {images.std(ddof=1) / len(images) ** 0.5:.5f}"
+            print(f"  {' '.join(better)} is better than {' '.join(worse)} by {gaps.mean():.5f}{error}, "
+                  f"{gaps.mean() / abs(theirs.mean()):.0%}")

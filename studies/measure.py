@@ -19,7 +19,7 @@ def unseen_shapes(n, size=16):
 
 
 def draws(i, shape):
-    """The timesteps (4,), one in each quarter of 0..999, and the noise (4, C, H, W) of image i: for every model the same."""
+    """The timesteps (4,), one in each quarter of 0..999, and the noise (4, C, H, W) of image i, for any model."""
     rng = np.random.default_rng((i, 1))                         # numpy pads short keys with zeros
     t = 250 * np.arange(QUARTERS) + rng.integers(250, size=QUARTERS)
     return torch.from_numpy(t), torch.from_numpy(rng.standard_normal((QUARTERS, *shape), dtype=np.float32))

@@ -56,7 +56,8 @@ def main(argv):
     args = lab.parser(__doc__, steps=1500).parse_args(argv)
     rows = lab.study("sizes", runs(range(args.seeds)), args)
     groups = lab.grouped(rows, "size", "patch_size")
-    lab.report("eps-mse", {(f"{size}/{patch_size}",): some for (size, patch_size), some in groups.items()})
+    lab.report("eps-mse", {(f"{size}/{patch_size}",): some for (size, patch_size), some in groups.items()},
+               errors=lab.per_image("sizes", args))
     ends = [row for row in rows if row["step"] == args.steps]
     for measure in ("mmacs", "parameters"):
         r = np.corrcoef(np.log([row[measure] for row in ends]), np.log([row["mse"] for row in ends]))[0, 1]

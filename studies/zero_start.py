@@ -64,8 +64,9 @@ def main(argv):
     altered = lab.sweep("zero_start", KINDS, args, alter=alter)
     best, common, _ = ({(block, PAPER): rows for (block,), rows in one.items()} | other
                        for one, other in zip(published, altered, strict=True))
-    lab.report("eps-mse, each at its best rate", best)
-    lab.report(f"eps-mse, all at {lab.COMMON:g}", common)
+    errors = lab.per_image("designs", args) | lab.per_image("zero_start", args)
+    lab.report("eps-mse, each at its best rate", best, errors=errors)
+    lab.report(f"eps-mse, all at {lab.COMMON:g}", common, errors=errors)
     draw(best, f"{args.docs}/zero_start.png")
 
 

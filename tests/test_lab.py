@@ -78,10 +78,12 @@ def test_a_claim_needs_all_seeds_and_twice_their_range(capsys):
     def rows(*losses):
         return [dict(seed=seed, lr=1.0, step=1, mse=loss) for seed, loss in enumerate(losses)]
 
-    lab.report("title", {("a",): rows(1.0, 1.1), ("b",): rows(1.3, 1.4), ("c",): rows(1.1, 1.4),
-                         ("d",): rows(1.2, 1.21)})
-    said = capsys.readouterr().out
-    assert "a is better than b by 22%" in said and said.count("better") == 1
+    groups = {("a",): rows(1.0, 1.1), ("b",): rows(1.3, 1.4), ("c",): rows(1.1, 1.4), ("d",): rows(1.2, 1.21)}
+    lab.report("title", groups, errors={"seed=0,lr=1.0,step=1,mse=1.0": np.array([0.5, 1.5])} | {
+        f"seed={seed},lr=1.0,step=1,mse={loss}": np.array([loss] * 2)
+        for seed, loss in [(1, 1.1), (0, 1.3), (1, 1.4)]})
+    said = capsys.readouterr().out                              # over two images the gap is 0.3 +- 0.25 in the mean
+    assert "a is better than b by 0.30000 +- 0.25000, 22%" in said and said.count("better") == 1
 
 
 def test_logs_are_smoothed_and_paired(run, tmp_path, capsys):
