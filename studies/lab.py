@@ -183,8 +183,8 @@ def grouped(rows, *columns):
 def report(title, groups, column="mse", sign=1, errors=None):
     """Print each kind's values at the end, one for each seed, and what they show. sign: -1 if larger is better.
 
-    One kind is better than another if every seed says so, and the gap of the means exceeds twice the larger range of
-    the seeds. errors: of each image, from per_image; the gap's standard error over the images is printed, too.
+    One kind is better than another if the gap of the means exceeds twice the larger range of the seeds: then every seed
+    says so, too. errors: of each image, from per_image; the gap's standard error over the images is printed, too.
     """
     ends = {kind: last(rows) for kind, rows in groups.items()}
     values = {kind: np.array([row[column] for row in rows]) for kind, rows in ends.items()}
@@ -193,11 +193,11 @@ def report(title, groups, column="mse", sign=1, errors=None):
         print(f"  {' '.join(kind):36} lr {ends[kind][0]['lr']:<6g} " + "  ".join(f"{value:.5f}" for value in some))
     for (better, ours), (worse, theirs) in itertools.permutations(values.items(), 2):
         gaps = sign * (theirs - ours)
-        if len(gaps) > 1 and gaps.min() > 0 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
+        if len(gaps) > 1 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
             error = ""
             if errors:
-                images = np.mean([errors[key(b)] - errors[key(a)] for a, b in zip(ends[better], ends[worse], strict=True)],
-                                 axis=0)
+                pairs = zip(ends[better], ends[worse], strict=True)
+                images = np.mean([errors[key(other)] - errors[key(one)] for one, other in pairs], axis=0)
                 error = f" +- {images.std(ddof=1) / len(images) ** 0.5:.5f}"
             print(f"  {' '.join(better)} is better than {' '.join(worse)} by {gaps.mean():.5f}{error}, "
                   f"{gaps.mean() / abs(theirs.mean()):.0%}")

@@ -1,28 +1,100 @@
 """Figures 7 and 10, and guidance: what the models of sizes.py draw.
 
-    python studies/samples.py steps                             # Figure 10: sampling steps against the model's compute
-    python studies/samples.py guidance                          # recognized samples and KID over the guidance scale
-    python studies/samples.py noise                             # Figure 7: one noise, decoded by every size
+    python studies/samples.py                                   # 40 minutes on two CPU cores
 
-Run sizes.py first: its models of seed 0 are used, and trained if they are not there. Rows go to docs/studies/steps.csv
-and guidance.csv, pictures beside them.
+Figure 10: more sampling steps against a larger model, ddpm without guidance. Guidance: recognized samples and KID over
+the scale, 50 ddim steps of M/4. Figure 7: one noise, decoded by every size. The models are those of seed 0; they are
+trained if they are not there. Rows go to docs/studies/steps.csv and guidance.csv, pictures beside them.
 """
+import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import judge
 import lab
+import plot
 import sizes
+import torch
 
 import sample
 
-STEPS = 4, 8, 16, 32, 64, 128, 250
+STEPS = 4, 8, 16, 32, 64, 128
 SCALES = 0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0
+ORDER = ["S/4", "S/2", "M/4", "M/2", "L/8", "L/4"]
 
 
-def models(args):
-    """[(name, model, million multiply-adds)] of sizes.py, seed 0."""
-    runs = sizes.runs([0])
-    rows = lab.last_of(lab.study("sizes", runs, args, checkpoints=True))
-    return [(f"{run['size']}/{run['patch_size']}", sample.load_model(lab.checkpoint("sizes", run, args))[0],
-             row["mmacs"]) for run, row in zip(runs, rows, strict=True)]
+@functools.lru_cache(maxsize=1)
+def trained_judge():
+    torch.set_num_threads(1)
+    return judge.Judge()
+
+
+def score(about, path, images):
+    """The row of a model's samples: how many are recognized, and their KID."""
+    model, _ = sample.load_model(path)
+    labels = torch.arange(images) % 10
+    how = dict(steps=about["steps"], sampler=about["sampler"], cfg_scale=about["cfg_scale"])
+    parts = [sample.sample_images(model, labels[k:k + 250], range(k, images)[:250], **how)
+             for k in range(0, images, 250)]
+    return about | trained_judge().score(sample.to_uint8(torch.cat(parts)), labels)
+
+
+def scored(name, jobs, args):
+    """The rows of these jobs, (about, path of the checkpoint)."""
+    table = lab.Table(f"{args.docs}/{name}.csv")
+    left = [(about, path, args.samples) for about, path in jobs if not table.of(about)]
+    for (about, *_), row in lab.side_by_side(score, left, args.processes, name):
+        table.add([row], about)
+    return [row for about, _ in jobs for row in table.of(about)]
+
+
+def draw_steps(rows, path):
+    """KID and recognized samples over the compute of an image."""
+    figure, places = plot.axes(2)
+    for (name,), some in lab.grouped(rows, "model").items():
+        size, patch_size = name.split("/")
+        look = dict(color=sizes.COLOURS[size], marker=sizes.MARKERS[int(patch_size)], ms=5, lw=1, label=name)
+        for place, column in zip(places, ("kid", "recognized"), strict=True):
+            place.plot([row["mmacs"] * row["steps"] / 1e3 for row in some], [row[column] for row in some], **look)
+            place.set(xscale="log", xlabel="billion multiply-adds to draw an image")
+    places[0].set(yscale="log", ylabel="KID x 1000")
+    places[1].set(ylabel="share of recognized samples")
+    places[1].legend()
+    plot.save(figure, path)
+
+
+def draw_guidance(rows, path):
+    figure, (left, right) = plot.axes(2)
+    scales = [row["cfg_scale"] for row in rows]
+    low, high = ([abs(row["recognized"] - row[end]) for row in rows] for end in ("low", "high"))
+    left.errorbar(scales, [row["recognized"] for row in rows], yerr=[low, high], marker="o")
+    right.errorbar(scales, [row["kid"] for row in rows], yerr=[row["kid_error"] for row in rows], marker="o")
+    left.set(xlabel="guidance scale", ylabel="share of recognized samples")
+    right.set(xlabel="guidance scale", ylabel="KID x 1000")
+    plot.save(figure, path)
+
+
+def main(argv):
+    flags = lab.parser(__doc__, steps=1500)
+    flags.add_argument("--samples", type=sample.between(int, 20), default=500, help="a model and setting (500)")
+    args = flags.parse_args(argv)
+    rows = lab.study("sizes", sizes.runs([0]), args, keep=True)
+    models = {f"{row['size']}/{row['patch_size']}": row for row in rows if row["step"] == args.steps}
+    paths = {name: lab.checkpoint("sizes", row, args) for name, row in models.items()}
+
+    jobs = [(dict(model=name, mmacs=models[name]["mmacs"], sampler="ddpm", cfg_scale=1.0, steps=steps), paths[name])
+            for steps in STEPS for name in ORDER]
+    draw_steps(scored("steps", jobs, args), f"{args.docs}/steps.png")
+    jobs = [(dict(model="M/4", sampler="ddim", steps=50, cfg_scale=scale), paths["M/4"]) for scale in SCALES]
+    draw_guidance(scored("guidance", jobs, args), f"{args.docs}/guidance.png")
+
+    # a row is one noise and class, decoded by all models
+    columns = [sample.sample_images(sample.load_model(paths[name])[0], range(10), sampler="ddim", steps=50, cfg_scale=2)
+               for name in ORDER]
+    grid = sample.grid_image(sample.to_uint8(torch.stack(columns, dim=1).flatten(0, 1)), len(ORDER))
+    grid.save(f"{args.docs}/noise.png")
+
+
+if __name__ == "__main__":
+    sample.run(main, less_memory="use --processes 1")

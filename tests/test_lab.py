@@ -31,11 +31,15 @@ def test_branches_that_start_at_zero_leave_the_tokens_as_they_are(block):
     training = Just(block)
     x, c = training.model.condition(torch.randn(2, 4, 32), torch.randn(2, 32), torch.randn(2, 32))
     assert not torch.equal(training.model.blocks[1](x, c), x)
-    before = sum(parameter.norm() > 0 for parameter in training.model.parameters())
+    zeros = zero_weights(training.model)
     zero_start.alter(training, None, dict(block=block, start=zero_start.BRANCHES))
     assert torch.equal(training.model.blocks[1](x, c), x)
-    branches = 3 if block == "cross-attention" else 2               # and nothing else is zero that was not
-    assert sum(parameter.norm() > 0 for parameter in training.model.parameters()) == before - 2 * branches
+    branches = ["attn.proj", "mlp.fc2"] + ["cross_attn.proj"] * (block == "cross-attention")
+    assert zero_weights(training.model) - zeros == {f"blocks.{k}.{branch}.weight" for k in (0, 1) for branch in branches}
+
+
+def zero_weights(model):
+    return {name for name, parameter in model.named_parameters() if not parameter.any()}
 
 
 def test_gates_at_one_are_plain_adaln_whose_modulation_starts_at_zero():
@@ -72,6 +76,12 @@ def test_the_averages_by_hand(run):
         weight[average] = ema["final_layer.linear.weight"]
     torch.testing.assert_close(weight["constant"], 0.25 * weight["none"])
     torch.testing.assert_close(weight["warm-up"], 9 / 11 * weight["none"])
+
+    def start_at_one(training, runtime, run):
+        torch.nn.init.ones_(training.model.final_layer.linear.bias)
+
+    bias = checkpoint(run, start_at_one, steps=1)["ema"]["final_layer.linear.bias"]
+    assert (bias - 1).abs().max() < 0.01                            # the average starts where the weights do
 
 
 def test_a_claim_needs_all_seeds_and_twice_their_range(capsys):
