@@ -35,7 +35,8 @@ def test_branches_that_start_at_zero_leave_the_tokens_as_they_are(block):
     zero_start.alter(training, None, dict(block=block, start=zero_start.BRANCHES))
     assert torch.equal(training.model.blocks[1](x, c), x)
     branches = ["attn.proj", "mlp.fc2"] + ["cross_attn.proj"] * (block == "cross-attention")
-    assert zero_weights(training.model) - zeros == {f"blocks.{k}.{branch}.weight" for k in (0, 1) for branch in branches}
+    expected = {f"blocks.{k}.{branch}.weight" for k in (0, 1) for branch in branches}
+    assert zero_weights(training.model) - zeros == expected
 
 
 def zero_weights(model):
