@@ -35,6 +35,12 @@ def axes(columns, title=None):
     return figure, places[0]
 
 
+def ticks(axis, values):
+    """Mark these values of a logarithmic axis, in plain numbers."""
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.set_ticks([], minor=True)
+
+
 def save(figure, path):
     with sample.atomic_write(Path(path)) as file:
         figure.savefig(file, dpi=110, format="png")
