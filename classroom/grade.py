@@ -20,20 +20,20 @@ import resource
 import signal
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from units import ROOT, UNITS, Ungradable, add_units, chosen_units, find, functions, graft, tests
+from units import ROOT, UNITS, Ungradable, add_units, chosen_units, code_of, graft, parse, tests
 
-import dit
 import sample
 
 YOURS = "your dit.py"                                               # the student's functions, in tracebacks
-LOOK = set("open exec eval compile globals vars inspect importlib __import__ __file__ sys os io gc pathlib".split())
+HARMLESS = "copy dataclasses einops functools itertools math numpy torch typing".split()         # to import
+LOOK = """open exec eval compile globals locals vars getattr setattr delattr sys os io gc inspect importlib builtins
+    load loadtxt genfromtxt fromfile memmap""".split()
 
 
 # Tests, and processes of their own ------------------------------------------------------------------------------------
@@ -73,6 +73,11 @@ def run_tests(items, stop=False):
     return found
 
 
+def in_one_line(error):
+    kind = "" if isinstance(error, Ungradable) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:300]
+
+
 def in_a_process(work, limit):
     """(what work() returned in a forked process, what it printed last); Ungradable if it returned nothing."""
     fork = multiprocessing.get_context("fork")
@@ -81,16 +86,18 @@ def in_a_process(work, limit):
     def child():
         os.setsid()
         torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 27, 1 << 27))             # bytes, of each file
         with contextlib.suppress(ValueError, OSError):              # macOS has no such limit
-            resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))          # bytes
+            resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
         with tempfile.TemporaryFile() as file:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
             try:
                 result = dict(result=work())
-            except Ungradable as error:
-                result = dict(error=str(error))
-            sys.stdout.flush()
+            except BaseException as error:
+                result = dict(error=in_one_line(error))
+            with contextlib.suppress(OSError):                      # the file is full
+                sys.stdout.flush()
             file.seek(max(0, file.seek(0, 2) - 200))
             theirs.send_bytes(json.dumps(result | dict(said=file.read().decode(errors="replace"))).encode())
 
@@ -111,84 +118,56 @@ def in_a_process(work, limit):
 
 # A submission ---------------------------------------------------------------------------------------------------------
 
-def read(path):
-    """(the syntax tree of dit.py, {line: message}). Of a function with a syntax error only the name stays."""
-    path, broken = Path(path) / "dit.py" if Path(path).is_dir() else Path(path), {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise sample.UserError(f"cannot read {path} ({error}): name a dit.py, or a folder that contains one") from None
-    with contextlib.suppress(SyntaxError, ValueError):
-        return ast.parse(text), broken
-    lines = text.splitlines(keepends=True)
-    for i, line in enumerate(lines):
-        if start := re.match(r"(    )?(def \w+)", line):
-            indent = start[1] or ""
-            more = re.compile(rf"\s*$|{indent}[ )]")                # an empty line, a deeper one, a closing bracket
-            end = next((j for j in range(i + 1, len(lines)) if not more.match(lines[j])), len(lines))
-            try:
-                ast.parse(textwrap.dedent("".join(lines[i:end])))
-            except SyntaxError as error:
-                broken[i + 1] = f"line {i + (error.lineno or 1)}: {error.msg}"
-                lines[i:end] = [f"{indent}{start[2]}(): pass\n"] + ["\n"] * (end - i - 1)
-    try:
-        return ast.parse("".join(lines)), broken
-    except SyntaxError as error:
-        raise sample.UserError(f"{path}, line {error.lineno}: {error.msg}. Run `python {path}` first") from None
+def look(code):
+    """(all names in a unit's code, those at which a person should look): imports, ways to files and to the interpreter,
+    changes of other objects."""
+    names, suspicious = set(), set()
+    for node in (node for _, statement in code for node in ast.walk(statement)):
+        words = {getattr(node, field, None) for field in ("id", "attr", "name")} - {None}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            words = {getattr(node, "module", None) or alias.name for alias in node.names}
+            suspicious |= {f"import {word}" for word in words if word.partition(".")[0] not in HARMLESS}
+        names |= words
+        suspicious |= {word for word in words if word in LOOK or re.fullmatch("__(?!init__).*__", word)}
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            suspicious.add(f"{ast.unparse(node)} =")
+    return names, [word for word in sorted(suspicious)
+                   if not word.startswith("self.") and f"import {word}" not in suspicious]
 
 
-def names_in(tree, unit):
-    """All names in the student's functions for a unit, and in the helpers and imports that these use."""
-    added, names, nodes = [], set(), [find(tree, dotted) for dotted, _ in functions(unit)]
-    for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
-        ours = getattr(dit, getattr(owner, "name", ""), dit)        # the class, or the module
-        added += [node for node in owner.body if not hasattr(ours, getattr(node, "name", "no name"))]
-    while nodes:
-        inner = [node for outer in nodes if outer for node in ast.walk(outer)]
-        names |= {getattr(node, field, None) for node in inner for field in ("id", "attr", "name", "module")}
-        nodes = [node for node in added if names & defined(node)]
-        added = [node for node in added if node not in nodes]
-    return names
-
-
-def defined(node):
-    """The names that a statement defines."""
-    aliases, targets = getattr(node, "names", []), getattr(node, "targets", [])
-    return {getattr(node, "name", "")} | {a.asname or a.name for a in aliases} | {getattr(t, "id", "") for t in targets}
-
-
-def grade_unit(unit, submission, items, forbidden, limit):
+def grade_unit(unit, tree, items, forbidden, limit):
     """(points, [what there is to say]) of a unit."""
-    (tree, broken), cases = submission, tests(unit, items)
+    cases = tests(unit, items)
 
     def work():
-        graft(dit, tree, unit, YOURS)
+        graft(code, unit, YOURS)
         return run_tests([items[case] for case in cases])
 
-    names = names_in(tree, unit)
     try:
-        for node in filter(None, (find(tree, dotted) for dotted, _ in functions(unit))):
-            if node.lineno in broken:
-                raise Ungradable(f"syntax error in {broken[node.lineno]}")
+        code = code_of(tree, unit)
+        names, suspicious = look(code)
         if used := sorted(names & set(forbidden)):
             raise Ungradable(f"uses {', '.join(used)}, which is not allowed here")
         found, said = in_a_process(work, limit)
-    except Ungradable as error:
-        return 0, [str(error)]
+    except (Ungradable, RecursionError) as error:
+        return 0, [in_one_line(error)]
     notes = [f"{name}: {message}" for name, message in found.items() if message]
     points = round(UNITS[unit].points * (1 - len(notes) / len(cases)), 2)
     if all("NotImplementedError" in message for message in found.values()):
         notes = ["not written yet"]
-    notes += [f"LOOK: uses {', '.join(sorted(names & LOOK))}"] if names & LOOK else []
+    notes += [f"LOOK: {', '.join(suspicious)}"] if suspicious else []
     return points, notes + ([f"printed: {' '.join(said.split())}"] if said.strip() else [])
 
 
 def write_gradescope(path, graded):
     """results.json: one test for each unit, also for those that are still to come."""
+    if not path:
+        return
     rows = [dict(name=f"{unit} ({UNITS[unit].paper})", score=points, max_score=UNITS[unit].points,
                  output="\n".join(notes), visibility="visible") for unit, (points, notes) in graded.items()]
-    Path(f"{path}.part").write_text(json.dumps(dict(tests=rows), indent=1))
-    os.replace(f"{path}.part", path)
+    with sample.explaining(f"cannot write {path}", "name a file in a folder that exists", OSError):
+        Path(f"{path}.part").write_text(json.dumps(dict(tests=rows), indent=1))
+        os.replace(f"{path}.part", path)
 
 
 def main(argv):
@@ -199,15 +178,22 @@ def main(argv):
     parser.add_argument("--limit", type=float, default=30, help="seconds a unit may take (default: 30)")
     parser.add_argument("--forbid", default="", help="names that the units may not use, separated by commas")
     args = parser.parse_args(argv)
-    submission, forbidden = read(args.submission), args.forbid.replace(" ", "").split(",")
+    path, forbidden = Path(args.submission), args.forbid.replace(" ", "").split(",")
+    path = path / "dit.py" if path.is_dir() else path
     graded = {unit: (0, ["not graded yet"]) for unit in chosen_units(args)}
+    try:
+        tree = parse(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except OSError as error:
+        graded = dict.fromkeys(graded, (0, [f"cannot read {path.name}: {error.strerror}"]))
+        write_gradescope(args.gradescope, graded)
+        raise sample.UserError(f"cannot read {path} ({error.strerror}): name a dit.py, or its folder") from None
+    write_gradescope(args.gradescope, graded)
 
     def work(items):
         for unit in graded:
-            points, notes = graded[unit] = grade_unit(unit, submission, items, forbidden, args.limit)
+            points, notes = graded[unit] = grade_unit(unit, tree, items, forbidden, args.limit)
             print("\n    ".join([f"{unit:22}{points:6g} of {UNITS[unit].points}", *notes]), flush=True)
-            if args.gradescope:
-                write_gradescope(args.gradescope, graded)
+            write_gradescope(args.gradescope, graded)
         total, most = sum(points for points, _ in graded.values()), sum(UNITS[unit].points for unit in graded)
         print(f"total{'':17}{total:6g} of {most}")
 
