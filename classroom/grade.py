@@ -6,12 +6,14 @@
 
 Each unit is tested by test_dit.py in a process of its own, where the student's functions take the place of the unit in
 this folder's dit.py. So everything else is right, and whatever the code does, it does to its own unit. Helpers, imports
-and new methods of the student's come along; other changes are left out. For Linux and macOS.
+and new methods that the unit uses come along; all else is left out. For Linux and macOS.
 
-Nothing stops code that reads the reference. A unit that uses a name such as `open` is marked LOOK, for a person.
+The code runs with your rights, and could read the reference: grade in a container. A unit that imports a module which
+dit.py would not need, uses a name such as `open`, or changes other objects is marked LOOK, for a person.
 """
 import ast
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -43,7 +45,11 @@ def with_tests(path, work):
     class Work:
         def pytest_runtestloop(self, session):
             session.config.option.tbstyle = "short"                 # the long one prints all arguments
-            work({item.name: item for item in session.items})
+            without = "diffusers" if importlib.util.find_spec("diffusers") is None else "\n"
+            items = {item.name: item for item in session.items if without not in item.name}
+            if len(items) < len(session.items):
+                print("diffusers is not installed: the tests that compare with it are left out")
+            work(items)
             return True
 
     flags = ["-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:terminal", "-p", "no:cacheprovider", "-s"]

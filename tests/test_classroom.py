@@ -58,6 +58,8 @@ def test_the_tables_name_what_exists():
             assert any(name.startswith(f"test_{words.partition('[')[0]}") for name in names), words
     assert [sum(unit.points for unit in table.values()) for table in (units.CORE, units.EXTRA)] == [100, 50]
     assert len(mutants.MUTANTS) >= 100 and len(mutants.WHEATS) >= 15
+    text = " ".join((CLASSROOM / "README.md").read_text().split())
+    assert f"The {len(mutants.MUTANTS)} mistakes" in text and f"the {len(mutants.WHEATS)} right alternatives" in text
     assert {line[0] for line in mutants.MUTANTS} == set(units.UNITS)
     for unit, old, new, *_ in [*mutants.MUTANTS, *mutants.WHEATS]:
         assert units.mutate(REFERENCE, unit, old, new)[0] != REFERENCE             # it stands there, and once
@@ -256,6 +258,13 @@ def test_results_are_written_whatever_is_handed_in(tmp_path):
     rows = json.loads(results.read_text())["tests"]
     assert len(rows) == 18 and all(not row["score"] and "cannot read dit.py" in row["output"] for row in rows)
     assert "folder that exists" in refusal(grade.main, ROOT, "--gradescope", tmp_path / "no" / "x", folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_ddim_is_graded_without_diffusers():
+    hide = "import runpy, sys; sys.modules['diffusers'] = None; sys.argv[1:] = ['.', '--units', 'ddim']; "
+    said = python("-c", f"{hide}runpy.run_path('classroom/grade.py', run_name='__main__')")
+    assert scores(said) == {"ddim": (5, "")} and "diffusers is not installed" in said
 
 
 def test_the_tasks_column_selects_the_units_tests():
