@@ -22,6 +22,7 @@ import resource
 import signal
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,9 @@ def main(argv):
     def work(items):
         for unit in graded:
             points, notes = graded[unit] = grade_unit(unit, tree, items, forbidden, args.limit)
-            print("\n    ".join([f"{unit:22}{points:6g} of {UNITS[unit].points}", *notes]), flush=True)
+            print(f"{unit:22}{points:6g} of {UNITS[unit].points}")
+            for note in notes:
+                print(textwrap.fill(note, 120, initial_indent="    ", subsequent_indent=" " * 8), flush=True)
             write_gradescope(args.gradescope, graded)
         total, most = sum(points for points, _ in graded.values()), sum(UNITS[unit].points for unit in graded)
         print(f"total{'':17}{total:6g} of {most}")

@@ -70,7 +70,8 @@ def main(argv):
         (out / "conftest.py").write_text(CONFTEST.replace("UNITS", pprint.pformat(proofs, width=120, sort_dicts=False)))
     template = (ROOT / "classroom" / ("BUGS.md" if args.bugs else "TASKS.md")).read_text()
     wrong = textwrap.fill(f"Each of these functions of dit.py has one wrong line: {', '.join(wrong)}.", 120)
-    (out / "TASKS.md").write_text(template.format(functions=wrong, table=table(units)))
+    (out / "TASKS.md").write_text(template.format(
+        functions=wrong, table=table(units), example=expression(units[0])))
     (out / "dit.py").write_text(source)
     if args.with_reference:
         shutil.copy(ROOT / "dit.py", out / "dit_reference.py")

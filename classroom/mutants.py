@@ -71,7 +71,7 @@ def main(argv):
             failed = verdict(source, unit, [items[case] for case in (items if args.tests else tests_of(unit, items))])
             wrong.extend([unit] * (bool(failed) != bool(seen)))
             word = ("killed" if failed else "SURVIVES") if seen else ("REJECTED" if failed else "accepted")
-            change = f"{old} -> {new}" if old else "as it is"
+            change = f"{old.strip()} -> {new.strip() or 'nothing'}" if old else "as it is"
             print(textwrap.fill(f"{word:9}{time.perf_counter() - began:5.1f} s  {function}: {change}" + "".join(
                 f"  ({place})" for place in seen), 120, subsequent_indent=" " * 18), flush=True)
             if failed and (args.tests or not seen):

@@ -262,7 +262,8 @@ def test_results_are_written_whatever_is_handed_in(tmp_path):
 
 @pytest.mark.slow
 def test_ddim_is_graded_without_diffusers():
-    hide = "import runpy, sys; sys.modules['diffusers'] = None; sys.argv[1:] = ['.', '--units', 'ddim']; "
+    hide = ("import runpy, sys; sys.path.insert(0, 'classroom'); sys.modules['diffusers'] = None; "
+            "sys.argv[1:] = ['.', '--units', 'ddim']; ")
     said = python("-c", f"{hide}runpy.run_path('classroom/grade.py', run_name='__main__')")
     assert scores(said) == {"ddim": (5, "")} and "diffusers is not installed" in said
 
