@@ -375,8 +375,9 @@ def test_a_fifth_block_enters_from_outside(monkeypatch):
 
 def test_flow_matching_takes_diffusions_place(monkeypatch):
     """Its losses are those of the velocity noise - x_0, and its sampler solves the ODE of Gaussian data."""
-    from flow_matching import FlowMatching
+    from flow_matching import FlowMatching, main
 
+    assert "cannot be resumed" in refusal(main, "--resume=runs/shapes", folder=CLASSROOM)
     flow, m, s2 = FlowMatching(), 0.6, 0.09
     x_0, noise, t = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     for velocity, expected in [(noise - x_0, torch.zeros(4)), (0 * x_0, ((noise - x_0) ** 2).mean((1, 2, 3)))]:
