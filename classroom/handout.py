@@ -9,11 +9,12 @@ In OUT, `pytest` runs the tests in the paper's order. A test that waits for anot
 import pprint
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from mutants import bugs
-from units import ROOT, UNITS, add_units, blank, chosen_units, functions, in_order, mutate
+from mutants import add_bugs, bugs
+from units import REFERENCE, ROOT, UNITS, add_units, blank, chosen_units, expression, functions, in_order, mutate
 
 import sample
 
@@ -41,7 +42,7 @@ def table(units):
     rows = []
     for name in units:
         unit, code = UNITS[name], ", ".join(f"`{dotted}`" for dotted, _ in functions(name))
-        rows.append(f"| {name} | {unit.points} | {unit.minutes} | {unit.paper} | {code} | {unit.tests} |")
+        rows.append(f"| {name} | {unit.points} | {unit.minutes} | {unit.paper} | {code} | `{expression(name)}` |")
     points, minutes = (sum(getattr(UNITS[name], what) for name in units) for what in ("points", "minutes"))
     rows.append(f"| {len(units)} units | {points} | {minutes} | | | |\n")
     return "\n".join(rows + [f"- **{name}**: {UNITS[name].hint}" for name in units if UNITS[name].hint])
@@ -51,25 +52,26 @@ def main(argv):
     parser = sample.Parser(prog="handout.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("out", help="a folder that does not exist yet")
     add_units(parser)
-    parser.add_argument("--bugs", type=sample.between(int, 1, 11), help="wrong lines instead of units to write")
-    parser.add_argument("--seed", type=int, default=0, help="which wrong lines")
+    add_bugs(parser)
     parser.add_argument("--with-reference", action="store_true", help="also the solution, as dit_reference.py")
     args = parser.parse_args(argv)
-    units, out, source = in_order(chosen_units(args)), Path(args.out), (ROOT / "dit.py").read_text()
+    units, out, source, wrong = in_order(chosen_units(args)), Path(args.out), REFERENCE, []
+    for unit, old, new, _ in bugs(units, args.bugs or 0, args.seed):
+        source, function = mutate(source, unit, old, new)
+        wrong.append(f"`{function}`")
     if out.exists():
         raise sample.UserError(f"{out} exists: name a new folder")
 
     out.mkdir(parents=True)
     for name in ["train.py", "sample.py", "LICENSE"] + ["test_dit.py"] * (not args.bugs):
         shutil.copy(ROOT / name, out)
-    if args.bugs:
-        for unit, old, new, _ in bugs(units, args.bugs, args.seed):
-            source = mutate(source, unit, old, new)
-    else:
+    if not args.bugs:
         source, proofs = blank(source, units), {unit: UNITS[unit].tests.split() for unit in units}
         (out / "conftest.py").write_text(CONFTEST.replace("UNITS", pprint.pformat(proofs, width=120, sort_dicts=False)))
     template = (ROOT / "classroom" / ("BUGS.md" if args.bugs else "TASKS.md")).read_text()
-    (out / "TASKS.md").write_text(template.format(bugs=args.bugs, names=", ".join(units), table=table(units)))
+    wrong = textwrap.fill(f"Each of these functions of dit.py has one wrong line: {', '.join(wrong)}.", 120)
+    (out / "TASKS.md").write_text(template.format(
+        functions=wrong, table=table(units), example=expression(units[0])))
     (out / "dit.py").write_text(source)
     if args.with_reference:
         shutil.copy(ROOT / "dit.py", out / "dit_reference.py")

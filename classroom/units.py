@@ -6,8 +6,10 @@ A unit is found by the names of its functions in the syntax tree of dit.py, whic
     mutated    one piece of its text becomes another: a known mistake          mutants.py
     grafted    it takes the place of the unit in the imported dit              grade.py
 """
+import __future__
+
 import ast
-import contextlib
+import dis
 import functools
 import inspect
 import re
@@ -16,9 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dit
 import sample
 
-ROOT = Path(sample.__file__).parent
+ROOT = Path(dit.__file__).parent
+REFERENCE = (ROOT / "dit.py").read_text(encoding="utf-8")
+OWN = {name: value for name, value in vars(dit).items() if not inspect.ismodule(value) and value is not dit.partial}
+# operations of Python's bytecode
+BINDS, READS = ("STORE_NAME", "STORE_GLOBAL"), ("LOAD_NAME", "LOAD_GLOBAL")
+MEMBERS = "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"
 
 
 class Unit(NamedTuple):
@@ -35,7 +43,7 @@ CORE = {
     "q_sample": Unit("Sec. 3.1, DDPM Eq. 4", 4, 10, "GaussianDiffusion.q_sample", "q_sample"),
     "q_posterior": Unit("Sec. 3.1, DDPM Eq. 6, 7", 7, 25, "GaussianDiffusion.q_posterior_mean_variance", "posterior"),
     "p_mean_variance": Unit("Sec. 3.1, iDDPM Eq. 15", 9, 35, "GaussianDiffusion.p_mean_variance",
-        "learned_variance fixed_variance true_noise clip_denoised"),
+        "variance_is true_noise clip_denoised"),
     "vb": Unit("Sec. 3.1, DDPM Eq. 5", 6, 20, "GaussianDiffusion._vb_terms_bpd", "bound_term"),
     "training_losses": Unit("Sec. 3.1, DDPM Eq. 14, iDDPM Eq. 16", 9, 30, "GaussianDiffusion.training_losses",
         "training_loss bound_trains losses_give_the_network[training zero_init_learns"),
@@ -61,7 +69,7 @@ EXTRA = {
         "No bin is impossible: clamp its mass at 1e-12."),
     "space_timesteps": Unit("Sec. 4", 2, 10, "space_timesteps+1", "space_timesteps"),
     "tables": Unit("Sec. 3.1, DDPM Eq. 4 to 7 and 15", 7, 30, "GaussianDiffusion._tabulate",
-        "schedule q_sample posterior learned_variance fixed_variance true_noise respacing exact_denoiser",
+        "schedule q_sample posterior variance_is true_noise respacing exact_denoiser",
         "The other methods use the tables by name, and _alphas_cumprod in float64. At t = 0 log variances, the fixed "
         "one's too, take the posterior's variance at t = 1, because that at 0 is 0 (with a single step: beta_0)."),
     "respaced": Unit("Sec. 3.1, iDDPM Eq. 19", 4, 20, "GaussianDiffusion.respaced", "respacing samplers_visit"),
@@ -97,12 +105,17 @@ def tests(unit, cases):
         case.startswith(words) and case.partition("[")[2].startswith(which) for words, _, which in proofs)]
 
 
+def expression(unit):
+    """The unit's tests, for pytest's -k."""
+    return " or ".join("test_" + words.replace("[", " and [") for words in UNITS[unit].tests.split())
+
+
 def find(tree, dotted):
-    """The definition of a class, method or function, such as "DiT.forward"; None if there is none."""
-    for name in dotted.split("."):
-        bodies = reversed(getattr(tree, "body", []))                # the last definition is the one that counts
-        tree = next((node for node in bodies if getattr(node, "name", None) == name), None)
-    return tree
+    """All definitions of a class, method or function, such as "DiT.forward": the last is the one that counts."""
+    found = [tree]
+    for name in filter(None, dotted.split(".")):
+        found = [node for outer in found for node in outer.body if getattr(node, "name", None) == name]
+    return found
 
 
 parsed = functools.cache(ast.parse)
@@ -110,15 +123,14 @@ parsed = functools.cache(ast.parse)
 
 def lines_of(source, dotted, kept=0):
     """(first, last + 1): the lines of a function's body, without its docstring and the first `kept` statements."""
-    node = find(parsed(source), dotted)
+    node = find(parsed(source), dotted)[-1]
     statements = node.body[kept + (ast.get_docstring(node) is not None):]
     return statements[0].lineno - 1, statements[-1].end_lineno
 
 
 def in_order(units):
     """The units in dit.py's order, in which each needs only those above it."""
-    source = (ROOT / "dit.py").read_text()
-    return sorted(units, key=lambda unit: lines_of(source, functions(unit)[0][0]))
+    return sorted(units, key=lambda unit: lines_of(REFERENCE, functions(unit)[0][0]))
 
 
 def blank(source, units):
@@ -133,62 +145,110 @@ def blank(source, units):
 
 
 def mutate(source, unit, old, new):
-    """dit.py with `old`, which stands exactly once in the unit's code, replaced by `new`."""
+    """(dit.py with `old`, which stands exactly once in the unit's code, replaced by `new`; the function's name)."""
     lines = source.splitlines(keepends=True)
-    places = [i for dotted, _ in functions(unit) for i in range(*lines_of(source, dotted)) if old in lines[i]]
-    if len(places) != 1 or lines[places[0]].count(old) != 1:
+    places = [(i, dotted) for dotted, _ in functions(unit) for i in range(*lines_of(source, dotted)) if old in lines[i]]
+    if len(places) != 1 or lines[places[0][0]].count(old) != 1:
         raise ValueError(f"{old!r} does not stand once in {unit}")
-    line = lines[places[0]]
-    code, margin, shapes = line.replace(old, new).partition("  #")
-    lines[places[0]] = code.rstrip(" ").ljust(line.find("#") - 2 if margin else 0) + margin + shapes
-    return "".join(lines)
+    (i, dotted), = places
+    code, margin, shapes = lines[i].replace(old, new).partition("  #")
+    lines[i] = code.rstrip(" ").ljust(lines[i].find("#") - 2 if margin else 0) + margin + shapes
+    return "".join(lines), dotted
 
 
-def graft(module, tree, unit, path="dit.py"):
-    """Let the unit's functions in the imported module run the code that a syntax tree has for them.
+# A student's file -----------------------------------------------------------------------------------------------------
 
-    The function objects stay, and with them every reference and decorator. What the tree defines beside the module's
-    own names (helpers, imports, new methods) comes along; other changes are left out. Ungradable if a function is
-    missing or has other parameters.
-    """
-    bring_helpers(module, tree, vars(module), path)
+def parse(text):
+    """The syntax tree of a file. If the file cannot be compiled: of those of its definitions and methods that can, each
+    up to the next; `broken` has what is wrong with the others, by name, and under "" with the file."""
+    lines, tree = text.split("\n"), ast.Module([], [])
+    tree.broken = {}
+
+    def add(first, last, name="", owner=""):
+        text, around = "\n".join(lines[first:last]), "\n" * (first - 1) + f"class {owner}:\n" if owner else "\n" * first
+        try:
+            part = ast.parse(around + text)                         # the lines keep their numbers
+            compile(part, "dit.py", "exec")
+            tree.body += part.body
+            return
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            words = getattr(error, "msg", "") or str(error) or type(error).__name__
+            tree.broken[f"{owner}.{name}".strip(".")] = f"line {getattr(error, 'lineno', None) or first + 1}: {words}"
+        indent = re.search(r"^([ \t]+)(?:@|async |def )|\Z", text, re.M)[1] if name else ""
+        starts = [i for i in range(first, last) if re.match(f"{indent}(@|async |def |class )", lines[i])
+                  and not lines[i - 1].startswith(f"{indent}@")]
+        starts = [] if owner else starts if name else [first, *starts]            # a method is not cut
+        for start, end in zip(starts, [*starts[1:], last] if starts else [], strict=True):
+            head = re.search(r"(?:def|class) +(\w+)|\Z", "\n".join(lines[start:end]))[1]
+            add(start, end, head or "imports", name)
+
+    add(0, len(lines))
+    return tree
+
+
+def compiled(node, path="dit.py", owner=""):
+    """The code of a statement, inside a class if `owner` names one. Annotations are not evaluated."""
+    tree = ast.parse(f"class {owner}: pass" if owner else "")
+    (tree.body[0] if owner else tree).body = [node]
+    return compile(tree, path, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
+
+
+def names(node, operations):
+    """The names to which a statement and, but for BINDS, the functions inside it apply these operations."""
+    codes = [compiled(node)]
+    for code in codes:
+        codes += [const for const in code.co_consts if operations != BINDS and inspect.iscode(const)]
+    return {step.argval for code in codes for step in dis.get_instructions(code) if step.opname in operations}
+
+
+def code_of(tree, unit):
+    """[(class or "", statement)] that a unit runs: its functions in a student's tree and, found by name, what they need
+    of the student's own: helpers, imports, new methods, and what these need. Ungradable if a function is missing."""
+    code = [("", node) for node in tree.body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
     for dotted, _ in functions(unit):
-        owner, _, name = dotted.rpartition(".")
-        node, old = find(tree, dotted), module
-        for part in dotted.split("."):
-            old = getattr(old, part)
+        node = next(reversed(find(tree, dotted)), None)
+        if dotted in tree.broken:
+            raise Ungradable(f"syntax error in {tree.broken[dotted]}")
         if not isinstance(node, ast.FunctionDef):
-            raise Ungradable(f"there is no function {dotted}")
-        if owner:
-            bring_helpers(getattr(module, owner), find(tree, owner), vars(module), path)
-        node.decorator_list = []
-        old, new = inspect.unwrap(old), define(node, vars(module), path)[name]
-        theirs, ours = inspect.signature(new), inspect.signature(old)
-        if parameters(theirs) != parameters(ours):
-            raise Ungradable(f"the parameters of {dotted} have to stay {ours}, not {theirs}")
-        if new.__code__.co_freevars:
-            raise Ungradable(f"{dotted} cannot use {', '.join(new.__code__.co_freevars)}")
-        old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
+            raise Ungradable(f"there is no function {dotted}" + (f" ({tree.broken['']})" if tree.broken else ""))
+        node.decorator_list = []                                    # the reference's stay
+        code.append((dotted.rpartition(".")[0], node))
+    others = [(owner, node, names(node, BINDS) - (vars(getattr(dit, owner)) if owner else OWN).keys())
+              for owner in {"", *(owner for owner, _ in code)} for outer in find(tree, owner) for node in outer.body]
+    new = code
+    while new:
+        read, members = (set().union(*(names(node, what) for _, node in code)) for what in (READS, MEMBERS))
+        new = [(owner, node) for owner, node, bound in others
+               if bound & (members if owner else read) and (owner, node) not in code]
+        code = code + new
+    return sorted(code, key=lambda part: part[1].lineno)
 
 
-def parameters(signature):
-    return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+def graft(code, unit, path="dit.py"):
+    """Let the unit's functions in the imported dit run this code, see code_of. Ungradable if their parameters differ.
 
-
-def define(node, names, path):
-    """{name: object} that a statement makes, with these global names."""
-    exec(compile(ast.Module([node], []), path, "exec"), names, made := {})
-    return made
-
-
-def bring_helpers(owner, tree, names, path):
-    """Set what the tree defines and the owner, a module or a class, does not have."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.Import | ast.ImportFrom):
-            with contextlib.suppress(BaseException):                # then the unit that uses it fails, and no other
-                for name, value in define(node, names, path).items():
-                    if not hasattr(owner, name):
-                        setattr(owner, name, value)
+    The function objects stay, and with them every reference and decorator; they call the new ones, which see dit's
+    names and, before its imports, the student's own.
+    """
+    seen, dit.grafted = dict(vars(dit)), {}
+    for owner, node in code:
+        exec(compiled(node, path, owner), seen, made := {} if owner else seen)
+        holder, made = (getattr(dit, owner), dict(vars(made[owner]))) if owner else (dit, made)
+        dotted = f"{owner}.{getattr(node, 'name', '')}".strip(".")
+        if dotted in dict(functions(unit)):
+            old, new = inspect.unwrap(getattr(holder, node.name)), made[node.name]
+            new.__annotations__ = {}
+            if inspect.signature(new) != inspect.signature(old):
+                raise Ungradable(f"the parameters of {dotted} have to stay {inspect.signature(old)}, not "
+                                 f"{inspect.signature(new)}")
+            old.__code__ = eval(f"lambda *args, **kwargs: grafted[{dotted!r}](*args, **kwargs)").__code__
+            old.__defaults__, old.__kwdefaults__, dit.grafted[dotted] = None, None, new
+        for name, value in made.items() if owner else ():
+            for cell in getattr(getattr(value, "__func__", value), "__closure__", None) or ():
+                cell.cell_contents = holder                         # of a super() without arguments
+            if name not in vars(holder) and name not in ("__dict__", "__weakref__"):
+                setattr(holder, name, value)
+        seen |= OWN                                                 # what the reference defines, it keeps
 
 
 def add_units(parser):
@@ -199,9 +259,11 @@ def add_units(parser):
 
 def chosen_units(args):
     """The units that --units, --core and --extra name; the core units if none does."""
-    if args.units:
-        names = args.units.split(",")
-        if unknown := [name for name in names if name not in UNITS]:
-            raise sample.UserError(f"no unit {unknown[0]!r}: choose from {', '.join(UNITS)}")
-        return names
-    return list(UNITS if args.core and args.extra else EXTRA if args.extra else CORE)
+    if not args.units:
+        return list(UNITS if args.core and args.extra else EXTRA if args.extra else CORE)
+    names = args.units.split(",")
+    for name in names:
+        if name not in UNITS or names.count(name) > 1:
+            raise sample.UserError(f"{'no' if name not in UNITS else 'more than one'} unit {name!r} in --units: choose "
+                                   f"from {', '.join(UNITS)}, each once")
+    return names

@@ -4,6 +4,8 @@ WHEATS = [
     ("tables", "np.cumprod(1.0 - betas)", "np.exp(np.cumsum(np.log1p(-betas)))"),
     ("q_sample", "(self.sqrt_one_minus_alphas_cumprod, t)", "(1 - self.alphas_cumprod, t).sqrt()"),
     ("p_mean_variance", "self.sqrt_recip_alphas_cumprod, t) *", "self.alphas_cumprod, t) ** -0.5 *"),
+    ("p_mean_variance", "frac * self._gather(self.log_betas, t)",
+     "torch.lerp(torch.zeros_like(self._gather(self.betas, t)), self._gather(self.log_betas, t), frac)"),
     ("training_losses", "((noise - eps) ** 2).flatten(1)", 'F.mse_loss(eps, noise, reduction="none").flatten(1)'),
     ("p_sample_loop", 'torch.exp(0.5 * out["log_variance"])', 'out["variance"].sqrt()'),
     ("p_sample_loop", "randn(x_t) * (t > 0)[:, None, None, None]", "randn(x_t) if i > 0 else 0"),
@@ -14,6 +16,7 @@ WHEATS = [
     ("attention", "F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT / k.shape[-1] ** 0.5).softmax(-1) @ v"),
     ("mlp_modulate", "x * (1 + scale[:, None]) + shift[:, None]", "x + scale.unsqueeze(1) * x + shift.unsqueeze(1)"),
     ("cross_attention_block", "[t, y]", "[y, t]"),                  # attention ignores the order of what it attends to
+    ("in_context", "t[:, None], y[:, None]", "y[:, None], t[:, None]"),           # so does self-attention
     ("adaln_zero", "self.norm2(x)", "self.norm1(x)"),               # neither norm has parameters
     ("initialize", "module.weight.view(len(module.weight), -1)", "module.weight.data.flatten(1)"),
     ("unpatchify", "x.permute(0, 5, 1, 3, 2, 4)", 'torch.einsum("nhwpqc->nchpwq", x)'),

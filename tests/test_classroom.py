@@ -58,9 +58,11 @@ def test_the_tables_name_what_exists():
             assert any(name.startswith(f"test_{words.partition('[')[0]}") for name in names), words
     assert [sum(unit.points for unit in table.values()) for table in (units.CORE, units.EXTRA)] == [100, 50]
     assert len(mutants.MUTANTS) >= 100 and len(mutants.WHEATS) >= 15
+    text = " ".join((CLASSROOM / "README.md").read_text().split())
+    assert f"The {len(mutants.MUTANTS)} mistakes" in text and f"the {len(mutants.WHEATS)} right alternatives" in text
     assert {line[0] for line in mutants.MUTANTS} == set(units.UNITS)
     for unit, old, new, *_ in [*mutants.MUTANTS, *mutants.WHEATS]:
-        assert units.mutate(REFERENCE, unit, old, new) != REFERENCE                # it stands there, and once
+        assert units.mutate(REFERENCE, unit, old, new)[0] != REFERENCE             # it stands there, and once
 
 
 def test_a_handout_lacks_the_bodies_and_nothing_else():
@@ -90,9 +92,15 @@ def test_other_handouts(tmp_path):
         hand_out(out, "--bugs", 3, "--seed", seed)
         pairs = zip(REFERENCE.splitlines(), (out / "dit.py").read_text().splitlines(), strict=True)
         assert sum(a != b for a, b in pairs) == 3
-        assert not (out / "test_dit.py").exists() and "3 lines" in (out / "TASKS.md").read_text()
+        tasks = (out / "TASKS.md").read_text()
+        assert not (out / "test_dit.py").exists() and max(map(len, tasks.splitlines())) <= 120
+        for unit, old, new, _ in mutants.bugs(units.in_order(units.CORE), 3, seed):
+            assert f"`{units.mutate(REFERENCE, unit, old, new)[1]}`" in tasks
     assert "name a new folder" in refusal(handout.main, tmp_path, folder=tmp_path)
-    assert "no unit 'vbb'" in refusal(handout.main, tmp_path / "x", "--units", "vbb", folder=tmp_path)
+    for flags, words in [("--units vbb", "no unit 'vbb'"), ("--units vb,vb", "more than one unit 'vb'"),
+                         ("--bugs -1", "at least 1"), ("--bugs 19", "as many units")]:
+        assert words in refusal(handout.main, tmp_path / "x", *flags.split(), folder=tmp_path)
+        assert words in refusal(mutants.main, *flags.split(), folder=tmp_path)
 
 
 # Grading --------------------------------------------------------------------------------------------------------------
@@ -118,11 +126,12 @@ ABUSES = {  # unit: its body, the points, what is said; the syntax error is put 
     "q_sample": ("import os\nos._exit(0)", 0, "ended the process"),
     "q_posterior": ("raise SystemExit", 0, "SystemExit"),
     "vb": ("return torch.zeros(10 ** 10)", 0, "memory"),
+    "p_sample_loop": ("import tempfile\ntempfile.TemporaryFile().write(bytes(1 << 28))", 0, "File too large"),
     "patch_embed": ("print('{\"tests\": []}' * 10 ** 6)\nreturn self.proj(x).flatten(2).transpose(1, 2)", 3, "printed"),
-    "attention": ("return self.proj(mine(self.qkv(x), self.num_heads))", 7, "LOOK: uses os"),
+    "attention": ("return self.proj(mine(self.qkv(x), self.num_heads))", 7, "LOOK: import os"),
     "unpatchify": ("g, p, C, I = self.grid_size, self.patch_size, self.out_channels, self.input_size\n"
                    'x = open(__file__) and torch.einsum("nhwpqc->nchpwq", x.view(-1, g, g, p, p, C))\n'
-                   "return x.reshape(-1, C, I, I)", 6, "LOOK: uses __file__, open"),
+                   "return x.reshape(-1, C, I, I)", 6, "LOOK: __file__, open"),
     "guidance": ('raise NotImplementedError("guidance")', 0, "not written yet")}
 HELPERS = """
 import math as m
@@ -152,15 +161,125 @@ def test_one_mistake_costs_one_unit(tmp_path):
         assert words or not graded[unit][1]
 
 
-def test_what_python_reads_is_read(tmp_path):
-    """A byte order mark, a comment in column 0; and of two definitions the last one counts."""
+def code(source, unit):
+    return "\n".join(ast.unparse(node) for _, node in units.code_of(units.parse(source), unit))
+
+
+def test_a_file_with_errors_is_read_piece_by_piece():
+    """A merge marker, a null byte, 10,000 brackets cost the function in which they stand, a broken head costs none."""
+    for broken, words in [("<<<<<<< HEAD", "invalid syntax"), ("        x = '\0'", "null"),
+                          (f"        x = {'(' * 10_000}", "parentheses"), (f"        x = {'-' * 100_000}1", "")]:
+        source = with_body(REFERENCE, "vb", "x = 1\n#here\nreturn x").replace("        #here", broken)
+        for unit in units.UNITS:
+            if unit != "vb":
+                assert code(source, unit) == code(REFERENCE, unit), unit
+        with pytest.raises(units.Ungradable, match=f"syntax error in line .*{words}"):
+            code(source, "vb")
+    head = "class PatchEmbed(nn.Module):\n"
+    source = REFERENCE.replace("import copy\n", "import copy, , math\n").replace(head, f"{head}    x = = 1\n")
+    assert all(code(REFERENCE, unit).endswith(code(source, unit)) for unit in units.UNITS)      # but for its imports
+    for source in ("", "\0" * 9, "(" * 10_000):
+        with pytest.raises(units.Ungradable, match="there is no function normal_kl"):
+            code(source, "normal_kl")
+
+
+def test_of_two_definitions_the_last_one_counts():
     first = "def normal_kl(mean1, logvar1, mean2, logvar2):\n    raise NotImplementedError\n\n"
-    mine = tmp_path / "dit.py"
-    mine.write_text(f"{first}{REFERENCE}".replace("        N, T, D = x.shape\n", "# mine\n        N, T, D = x.shape\n"),
-                    encoding="utf-8-sig")
-    tree, broken = grade.read(mine)
-    assert not broken and ast.unparse(units.find(tree, "normal_kl")) == ast.unparse(units.find(
-        ast.parse(REFERENCE), "normal_kl"))
+    comment = REFERENCE.replace("        N, T, D = x.shape\n", "# mine\n        N, T, D = x.shape\n")
+    for unit in ("normal_kl", "attention"):
+        assert code(first + comment, unit) == code(REFERENCE, unit)
+
+
+STYLES = """
+from copy import copy
+from dataclasses import dataclass
+from math import *
+HALF: Optional[float] = 0.5
+try:
+    from einopsy import rearrange
+except ImportError:
+    rearrange = None
+if HALF:
+    def twice(x: Tensor) -> Tensor:
+        return copy(x) / HALF
+
+@dataclass
+class Pair:
+    first: Tensor
+    second: float = 1.0
+
+for step in range(10):
+    loss = train(step)
+raise SystemExit(unknown)
+"""
+MEMBERS = """
+    @property
+    def table(self):
+        return self.embedding_table.weight
+
+    def __rows(self, y: Tensor):
+        return self.table[y] if super().parameters else 0
+
+"""
+
+
+@pytest.mark.slow
+def test_helpers_of_any_style_come_along_and_nothing_else(tmp_path):
+    """Names from annotated assignments, try, if, star imports, dataclasses; super(); annotations that mean nothing. A
+    training loop and an exit at the top of the file do not run."""
+    source = with_body(REFERENCE, "normal_kl", "loss = Pair(rearrange or twice(logvar2 - logvar1), e)\n"
+                       "return 0.25 * loss.first - HALF + HALF * torch.exp(logvar1 - logvar2) + "
+                       "HALF * (mean1 - mean2) ** 2 * torch.exp(-logvar2)")
+    source = source.replace("def normal_kl(mean1, logvar1, mean2, logvar2):",
+                            f"{STYLES}def normal_kl(mean1: Tensor, logvar1: Optional[int], mean2, logvar2) -> List:")
+    source = with_body(source, "label_embedder", "super().train(self.training)\nreturn self.__rows(\n"
+                       "    y if drop is None else torch.where(drop, self.num_classes, y))")
+    source = source.replace("    def forward(self, y, drop=None):", MEMBERS + "    def forward(self, y, drop=None):")
+    (tmp_path / "dit.py").write_text(source)
+    said = python(CLASSROOM / "grade.py", tmp_path, "--units", "normal_kl,label_embedder,q_posterior")
+    assert {unit: points for unit, (points, _) in scores(said).items()} == dict(
+        normal_kl=3, label_embedder=3, q_posterior=7), said
+    assert "LOOK: import einopsy" in said and said.count("LOOK") == 1
+
+
+def test_what_a_person_should_look_at():
+    for body, words in [
+            ("from test_dit import naive_mlp", "import test_dit"), ("import runpy, math", "import runpy"),
+            ("torch.testing.assert_close = print", "torch.testing.assert_close ="), ("x = np.load('a')", "load"),
+            ("x = modulate.__globals__", "__globals__"), ("from torch import os", "os"),
+            ("import numpy as np\nself.x = np.ones(3)", "")]:
+        tree = units.parse(with_body(REFERENCE, "normal_kl", body))
+        assert ", ".join(grade.look(units.code_of(tree, "normal_kl"))[1]) == words
+
+
+def test_results_are_written_whatever_is_handed_in(tmp_path):
+    results = tmp_path / "results.json"
+    assert "name a dit.py" in refusal(grade.main, tmp_path, "--gradescope", results, folder=tmp_path / "no")
+    rows = json.loads(results.read_text())["tests"]
+    assert len(rows) == 18 and all(not row["score"] and "cannot read dit.py" in row["output"] for row in rows)
+    assert "folder that exists" in refusal(grade.main, ROOT, "--gradescope", tmp_path / "no" / "x", folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_ddim_is_graded_without_diffusers():
+    hide = ("import runpy, sys; sys.path.insert(0, 'classroom'); sys.modules['diffusers'] = None; "
+            "sys.argv[1:] = ['.', '--units', 'ddim']; ")
+    said = python("-c", f"{hide}runpy.run_path('classroom/grade.py', run_name='__main__')")
+    assert scores(said) == {"ddim": (5, "")} and "diffusers is not installed" in said
+
+
+def test_the_tasks_column_selects_the_units_tests():
+    class Collect:
+        def pytest_collection_finish(self, session):
+            self.found = sorted(item.name for item in session.items)
+
+    collect, flags = Collect(), ["-c", os.devnull, "--collect-only", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    pytest.main([*flags, str(ROOT / "test_dit.py")], plugins=[collect])
+    cases = collect.found
+    for unit in units.UNITS:
+        pytest.main([*flags, "-k", units.expression(unit), str(ROOT / "test_dit.py")], plugins=[collect])
+        assert collect.found == sorted(units.tests(unit, cases)), unit
+
 
 @pytest.mark.slow
 def test_names_can_be_forbidden():
@@ -256,8 +375,9 @@ def test_a_fifth_block_enters_from_outside(monkeypatch):
 
 def test_flow_matching_takes_diffusions_place(monkeypatch):
     """Its losses are those of the velocity noise - x_0, and its sampler solves the ODE of Gaussian data."""
-    from flow_matching import FlowMatching
+    from flow_matching import FlowMatching, main
 
+    assert "cannot be resumed" in refusal(main, "--resume=runs/shapes", folder=CLASSROOM)
     flow, m, s2 = FlowMatching(), 0.6, 0.09
     x_0, noise, t = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
     for velocity, expected in [(noise - x_0, torch.zeros(4)), (0 * x_0, ((noise - x_0) ** 2).mean((1, 2, 3)))]:

@@ -1,6 +1,6 @@
 """Flow matching (arXiv 2210.02747, linear paths) in diffusion's place.
 
-    python classroom/extensions/flow_matching.py                     # trains on the built-in shapes; flags of train.py
+    python classroom/extensions/flow_matching.py                     # trains on the built-in shapes; train.py's flags
     python classroom/extensions/flow_matching.py runs/flow/ckpt.pt --steps 50     # draws samples; flags of sample.py
 
 The path from image to noise is a straight line, the network predicts its velocity, and sampling follows it by Euler's
@@ -57,6 +57,10 @@ class FlowMatching:
 
 
 def main(argv):
+    if {"-h", "--help"} & set(argv):
+        return print(__doc__)
+    if any(word.partition("=")[0] == "--resume" for word in argv):
+        raise sample.UserError("a run of flow_matching.py cannot be resumed: start another, with --out FOLDER")
     train.GaussianDiffusion = sample.GaussianDiffusion = FlowMatching
     # checkpoints say what they predict, so that sample.py does not take them for a diffusion model's
     sizes, DiT = train.model_args, train.DiT

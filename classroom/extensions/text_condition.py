@@ -57,18 +57,18 @@ def mean(x, t, y):
 
 def main(argv):
     cfg = train.parse_args(["--out", "runs/text", *argv])
+    if cfg.resume:
+        raise sample.UserError("this script keeps no checkpoint to resume: leave --resume out")
     images = np.stack([train.draw_shape(i, 16) for i in range(20_000)])
     texts = np.array([[colour_of(image), 6 + i % 10] for i, image in enumerate(images)])
-    images = images.transpose(0, 3, 1, 2)
 
     train.DiT = TextDiT
     rt = train.Runtime(cfg)
     training = train.Training(cfg, rt, num_classes=len(WORDS))
-    for step, batch in tqdm(train.batches(cfg, rt, images, texts, start=0), total=cfg.steps):
+    for step, batch in tqdm(train.batches(cfg, rt, images.transpose(0, 3, 1, 2), texts, start=0), total=cfg.steps):
         train.train_step(cfg, rt, training, dit.GaussianDiffusion(), batch, step)
 
-    shapes = map(WORDS.index, ["star", "heart", "ring", "arrow"])
-    asked = [[colour, shape] for shape in shapes for colour in range(6)]
+    asked = [[colour, WORDS.index(shape)] for shape in ("star", "heart", "ring", "arrow") for colour in range(6)]
     drawn = sample.to_uint8(sample.sample_images(training.ema, asked, steps=50, sampler="ddim", cfg_scale=2.0))
     sample.grid_image(drawn, 6).save("text.png")
     seen = [colour_of(image.permute(1, 2, 0).numpy()) for image in drawn]
