@@ -252,7 +252,7 @@ def graft(code, unit, path="dit.py"):
 
 
 def add_units(parser):
-    parser.add_argument("--units", help="these units, separated by commas")
+    parser.add_argument("--units", "--only", help="these units, separated by commas")
     parser.add_argument("--core", action="store_true", help="the core units (default)")
     parser.add_argument("--extra", action="store_true", help="the extra units; with --core, all")
 
