@@ -14,10 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-import judge
 import numpy as np
 import torch
 import torch.distributed as dist
+from judge import ImageNet, Judge, real_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample
@@ -32,7 +32,7 @@ REFERENCE_IMAGES = 512                          # that the values there are of
 
 def unseen_shapes(n, size=16):
     """(uint8 (n, 3, size, size), classes (n,)) of the built-in set. A run trains on images 0 to 19,999."""
-    return judge.real_shapes(range(20_000, 20_000 + n), size)
+    return real_shapes(range(20_000, 20_000 + n), size)
 
 
 def draws(i, shape):
@@ -46,8 +46,7 @@ def draws(i, shape):
 def validation_losses(model, images, labels, numbers=None, batch_size=64, null=True):
     """{"mse", "vb", "null": (n, 4)} of the images x_0 in [-1, 1], one column for each quarter of the timesteps.
 
-    numbers: of the images, for draws; 0 to n - 1 by default. null: eps-mse with the null label in place of the image's
-    own.
+    numbers: which image this is, for draws; by default 0 to n - 1. null: also eps-mse with the null label.
     """
     diffusion, columns = GaussianDiffusion().to(images.device), []
     numbers = range(len(images)) if numbers is None else numbers
@@ -67,8 +66,12 @@ def validation_losses(model, images, labels, numbers=None, batch_size=64, null=T
 def summary(losses):
     """The means of validation_losses, as the files of reference values and of the studies have them."""
     quarters = {f"mse_q{k}": mse.item() for k, mse in enumerate(losses["mse"].mean(0), start=1)}
-    return dict(mse=losses["mse"].mean().item(), vb=losses["vb"].mean().item(), **quarters,
-                label_use=(losses["null"] - losses["mse"]).mean().item())
+    return dict(
+        mse=losses["mse"].mean().item(),
+        vb=losses["vb"].mean().item(),
+        **quarters,
+        label_use=(losses["null"] - losses["mse"]).mean().item(),
+    )
 
 
 def bound_draws(i):
@@ -92,8 +95,10 @@ def bits_per_dim(model, images, labels, numbers=None, batch_size=64, exact=False
         x, y, some = (all_of[first:first + batch_size] for all_of in (images, labels, numbers))
         randn = sample.ImageNoise(10 ** 9, some)                # not the noise that samples start from
         total = exactly.bits_per_dim(model, x, randn, y=y)["total"]
-        t, weights = (torch.stack(column, dim=1).to(x.device) for column in zip(*map(bound_draws, some), strict=True))
-        for t, weight in zip(t, weights, strict=True) if not exact else []:
+        timesteps, weights = zip(*map(bound_draws, some), strict=True)
+        for k in range(0 if exact else DRAWS):
+            t = torch.stack([one[k] for one in timesteps]).to(x.device)
+            weight = torch.stack([one[k] for one in weights]).to(x.device)
             x_t = diffusion.q_sample(x, t, randn(x))
             out = diffusion._call(model, x_t, t, dict(y=y))
             total = total + weight * diffusion._vb_terms_bpd(out, x, x_t, t, clip_denoised=True)
@@ -101,8 +106,54 @@ def bits_per_dim(model, images, labels, numbers=None, batch_size=64, exact=False
     return torch.cat(totals)
 
 
+class HeldOut:
+    """Images that a checkpoint was not trained on: of the built-in set, or a folder's in a fixed random order."""
+
+    def __init__(self, path, info, data, rt):
+        size, config = info["model_args"]["input_size"], info["config"]
+        self.built_in, self.latent = data is None, info["space"] == "latent"
+        cfg = train.Config(
+            data=os.path.abspath(data or "."),
+            image_size=8 * size if self.latent else size,
+            vae=config["vae"] if self.latent else "",
+        )
+        if data:
+            self.source = train.open_folder(cfg)
+            self.order = np.random.default_rng(0).permutation(len(self.source.labels))
+        elif config.get("data") == "shapes":
+            labels = [i % 10 for i in range(200_000)]
+            self.source = train.Source([], [], list(train.SHAPES), labels, lambda i: train.draw_shape(i, size))
+            self.order = np.arange(20_000, 200_000)
+        else:
+            raise UserError(f"{path} was not trained on the built-in set: give --data FOLDER, with held-out pictures "
+                            "in one folder per class")
+
+        theirs, ours = (list(map(train.nfc, names)) for names in (self.source.class_names, info["class_names"]))
+        imagenet = len(theirs) == len(ours) and (theirs[0], ours[0]) == ("n01440764", "tench")
+        if theirs != ours and not imagenet:
+            raise UserError(f"--data {data} has {len(theirs)} classes ({', '.join(theirs[:3])}), {path} has "
+                            f"{len(ours)} ({', '.join(ours[:3])}): give pictures of the same classes")
+        self.codec = train.Latents(cfg, rt) if self.latent else train.Pixels()
+
+    def labels(self, n):
+        """The classes (n,) of the first n images. If there are fewer, they are repeated."""
+        return torch.tensor([self.source.labels[self.order[i % len(self.order)]] for i in range(n)])
+
+    def pictures(self, numbers):
+        """uint8 (n, 3, I, I): these images, counted from 0."""
+        images = np.stack([self.source.load(self.order[i]) for i in numbers])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    def encode(self, images):
+        """x_0 of uint8 images: pixels in [-1, 1], or the mean of the VAE's posterior."""
+        if not self.latent:
+            return images / 127.5 - 1
+        moments = torch.from_numpy(self.codec.encode(images.permute(0, 2, 3, 1).numpy()))
+        return train.SCALE * moments[:, 0, :4].float()
+
+
 def gathered(rt, part, n):
-    """The n rows of all processes; this one has the rows rt.share(n)."""
+    """The n rows of all processes, of which this one has rt.share(n)."""
     whole = part.new_zeros(n, *part.shape[1:])
     whole[rt.share(n)] = part
     if rt.world > 1:
@@ -110,159 +161,147 @@ def gathered(rt, part, n):
     return whole
 
 
-class HeldOut:
-    """Images for a checkpoint that it was not trained on: of the built-in set, or a folder's in a fixed order."""
-
-    def __init__(self, path, info, data, rt):
-        self.latent, size = info["space"] == "latent", info["model_args"]["input_size"]
-        self.cfg = train.Config(data=os.path.abspath(data or "shapes"), image_size=8 * size if self.latent else size,
-                                vae=info["config"]["vae"] if self.latent else "")
-        self.built_in = not data
-        if self.built_in and info["config"].get("data") != "shapes":
-            raise UserError(f"{path} was not trained on the built-in set: give --data FOLDER, with held-out pictures "
-                            "in one folder per class")
-        if self.built_in:
-            labels = [i % len(train.SHAPES) for i in range(10 ** 6)]
-            self.source = train.Source([], [], list(train.SHAPES), labels, lambda i: train.draw_shape(i, size))
-            self.order = np.arange(20_000, 10 ** 6)
-        else:
-            self.source = train.open_folder(self.cfg)
-            self.order = np.random.default_rng(0).permutation(len(self.source.labels))
-        theirs, ours = (list(map(train.nfc, names)) for names in (self.source.class_names, info["class_names"]))
-        imagenet = len(theirs) == len(ours) and (theirs[0], ours[0]) == ("n01440764", "tench")
-        if theirs != ours and not imagenet:
-            raise UserError(f"--data {data} has the classes {', '.join(theirs[:5])} ({len(theirs)}), {path} has "
-                            f"{', '.join(ours[:5])} ({len(ours)}): give pictures of the same classes")
-        self.codec = train.Latents(self.cfg, rt) if self.latent else train.Pixels()
-
-    def pictures(self, numbers):
-        """(uint8 (n, 3, I, I), classes (n,)) of these images, counted from 0."""
-        indices = [self.order[i] for i in numbers]
-        images = np.stack([self.source.load(i) for i in indices]).transpose(0, 3, 1, 2).copy()
-        return torch.from_numpy(images), torch.tensor([self.source.labels[i] for i in indices])
-
-    def encode(self, images):
-        """x_0 of uint8 images: pixels in [-1, 1], or the mean of the VAE's posterior."""
-        if self.latent:
-            moments = torch.from_numpy(self.codec.encode(images.permute(0, 2, 3, 1).numpy()))
-            return train.SCALE * moments[:, 0, :4].float()
-        return images / 127.5 - 1
+def error(values):
+    """The standard error of the mean."""
+    return (values.std() / len(values) ** 0.5).item()
 
 
-def verdict(info, losses, folder=REFERENCE):
-    """Whether mse and vb of the first 512 unseen shapes lie where the seeds of the checkpoint's preset do, in words."""
-    config, ours, images = info["config"], summary(losses), len(losses["mse"])
-    path = Path(folder) / f"{config['preset']}.csv"
-    cfg = train.Config(**train.PRESETS[config["preset"]])
-    free = train.MAY_CHANGE | {"preset", "block", "seed", "out", "resume"}
-    different = [f"--{name.replace('_', '-')} {config.get(name)}" for name, value in dataclasses.asdict(cfg).items()
-                 if name not in free and config.get(name) != value]
+def with_error(values):
+    return f"{values.mean():.5f} +- {error(values):.5f}"
+
+
+# Reference values -----------------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def verdict(info, losses):
+    """Whether mse and vb of the first 512 unseen shapes lie where three seeds of the preset do, in words."""
+    config, step = info["config"], info["step"]
+    preset = dataclasses.asdict(train.Config(**train.PRESETS["shapes"]))
+    fixed = preset.keys() - train.MAY_CHANGE - {"preset", "block", "seed", "out", "resume"}
+    different = [f"--{name.replace('_', '-')} {config.get(name)}" for name in preset
+                 if name in fixed and config.get(name) != preset[name]]
     if different:
-        return f"no reference for {', '.join(different)}"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    rows = [row for row in rows if (row["block"], int(row["step"])) == (config["block"], info["step"])]
-    if not rows or images < REFERENCE_IMAGES:
-        return f"no reference for step {info['step']} of {config['block']}, {images} images"
-    said = []
+        return f"none for {', '.join(different)}: it is of the preset"
+    if len(losses["mse"]) != REFERENCE_IMAGES:
+        return f"none: it is of {REFERENCE_IMAGES} images"
+    rows = [row for row in read_rows(REFERENCE / "shapes.csv") if row["block"] == config["block"]]
+    steps = sorted({int(row["step"]) for row in rows})
+    if step not in steps:
+        return f"none for step {step} of {config['block']}: it is of {', '.join(map(str, steps)) or 'no step'}"
+
+    rows, said = [row for row in rows if int(row["step"]) == step], []
     for name in ("mse", "vb"):
-        values, errors = ([float(row[column]) for row in rows] for column in (name, f"{name}_error"))
-        low, high = min(values) - 3 * max(errors), max(values) + 3 * max(errors)
-        said.append(f"{name} {'inside' if low <= ours[name] <= high else 'OUTSIDE'} {low:.5f} to {high:.5f}")
-    return f"{'; '.join(said)} ({len(rows)} seeds of the preset)"
+        seeds = [float(row[name]) for row in rows]
+        margin = 3 * max(float(row[f"{name}_error"]) for row in rows)
+        low, high = min(seeds) - margin, max(seeds) + margin
+        inside = low <= losses[name].mean() <= high
+        said.append(f"{name} is {'inside' if inside else 'OUTSIDE'} {low:.5f} to {high:.5f}")
+    return f"{', '.join(said)}: the range of {len(rows)} seeds of the preset, and 3 standard errors"
 
 
-def draw(model, labels, rt, codec, cfg_scale, steps):
-    """uint8 samples (n, 3, I, I) with these labels, of all processes."""
+# The measurements -----------------------------------------------------------------------------------------------------
+
+def report_losses(args, rt, path, model, info, images, first):
+    """Print what is measured on held-out images; return it for each image. first: what this returned before."""
+    held_out, n, x, y = images
+    numbers, null = range(n)[rt.share(n)], info["config"]["label_drop"] > 0
+    losses = validation_losses(model, x, y, numbers, null=null)
+    losses = {name: gathered(rt, values, n) for name, values in losses.items()}
+    found = {"eps-mse": losses["mse"].mean(1), "vb": losses["vb"].mean(1)}
+    if null:
+        found["label use"] = (losses["null"] - losses["mse"]).mean(1)
+    if not held_out.latent:
+        found["bits/dim"] = gathered(rt, bits_per_dim(model, x, y, numbers, exact=args.exact), n)
+
+    rt.say(f"{path}, step {info['step']}, {n} held-out images")
+    for name, values in found.items():
+        paired = f"; minus the first's {with_error(values - first[name])}" if name in first else ""
+        rt.say(f"  {name:12}{with_error(values)}{paired}")
+    rt.say(f"  {'by quarter':12}" + " ".join(f"{mse:.5f}" for mse in losses["mse"].mean(0)))
+    if not null:
+        rt.say("  label use   none: trained without label dropout, so it has no null label")
+    if held_out.built_in:
+        rt.say(f"  reference   {verdict(info, losses)}")
+    return found
+
+
+def draw(args, rt, model, labels, codec, cfg_scale):
+    """uint8 samples (n, 3, I, I) with these labels, from all processes."""
     mine, parts = range(len(labels))[rt.share(len(labels))], []
     for k in range(0, len(mine), 100):
         some = mine[k:k + 100]
-        x = sample.sample_images(model, labels[some], some, cfg_scale=cfg_scale, steps=steps, sampler="ddim")
+        x = sample.sample_images(model, labels[some], some, cfg_scale=cfg_scale, steps=args.steps, sampler="ddim")
         parts.append(sample.to_uint8(codec.decode(x)))
     return gathered(rt, torch.cat(parts), len(labels))
 
 
-def with_error(values):
-    return f"{values.mean():.5f} +- {values.std() / len(values) ** 0.5:.5f}"
-
-
-def main(argv):
-    flags = sample.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = flags.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="of train.py or official; the others are compared with the first")
-    add("--data", help="held-out pictures, one folder per class (a run on the built-in set needs none)")
-    add("--images", type=between(int, 20), default=REFERENCE_IMAGES, help="for losses and likelihood (512)")
-    add("--exact", action="store_true", help="the likelihood by all 1000 timesteps, which takes 30 times as long")
-    add("--samples", type=between(int, 0), default=500, help="to draw with and without guidance; 0: none (500)")
-    add("--steps", type=between(int, 1, 1001), default=25, help="of ddim (25)")
-    add("--cfg-scale", type=float, help="guidance of the samples (default: the run's)")
-    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    args = flags.parse_args(argv)
-    rt = train.Runtime(train.Config(device=args.device, dtype="fp32", batch_size=int(os.environ.get("WORLD_SIZE", 1))))
-
-    # the models, and the images that all of them get
-    models = [sample.load_model(path, rt.device) for path in args.checkpoints]
-    first, info = args.checkpoints[0], models[0][1]
-    for path, (_, other) in zip(args.checkpoints, models, strict=True):
-        if takes(other) != takes(info):
-            raise UserError(f"{path} takes other images or classes than {first}: measure it by itself")
-    held_out = HeldOut(first, info, args.data, rt)
-    n, half = min(args.images, len(held_out.order)), min(args.samples, len(held_out.order) // 2)
-    if min(n, half) < 20 * bool(args.samples):
-        raise UserError(f"{n} held-out pictures are too few: give at least 40, or 20 with --samples 0")
-    numbers = range(n)[rt.share(n)]
-    x, y = held_out.pictures(numbers)
-    x, y = held_out.encode(x).to(rt.device), y.to(rt.device)
-
-    # what judges samples, with the value of real images
-    if args.samples and rt.rank == 0:
-        the_judge = judge.Judge(x.shape[2]) if held_out.built_in else judge.ImageNet(rt.device)
-        reference, (real, real_labels) = held_out.pictures(range(half))[0], held_out.pictures(range(half, 2 * half))
-        print(f"{half} real images: {described(the_judge.score(real, real_labels, reference), the_judge)}", flush=True)
-    labels = torch.tensor([held_out.source.labels[held_out.order[i % len(held_out.order)]] for i in range(args.samples)])
-
-    firsts = {}
-    for path, (model, info) in zip(args.checkpoints, models, strict=True):
-        null = info["config"]["label_drop"] > 0
-        losses = validation_losses(model, x, y, numbers, null=null)
-        losses = {name: gathered(rt, values, n) for name, values in losses.items()}
-        found = {"eps-mse": losses["mse"].mean(1), "vb": losses["vb"].mean(1)}
-        if null:
-            found["label use"] = (losses["null"] - losses["mse"]).mean(1)
-        if not held_out.latent:
-            found["bits/dim"] = gathered(rt, bits_per_dim(model, x, y, numbers, exact=args.exact), n)
-        rt.say(f"\n{path}, step {info['step']}: {n} images")
-        for name, values in found.items():
-            difference = f"; minus {first}'s: {with_error(values - firsts[name])}" if name in firsts else ""
-            rt.say(f"  {name:12}{with_error(values)}{difference}")
-        rt.say("  by quarter  " + " ".join(f"{mse:.5f}" for mse in losses["mse"].mean(0)))
-        if not null:
-            rt.say("  label use   cannot be measured: trained without label dropout, so without a null label")
-        if held_out.built_in and null:
-            rt.say(f"  reference   {verdict(info, losses)}")
-        firsts = firsts or found
-
-        guidance = info["config"]["cfg_scale"] if args.cfg_scale is None else args.cfg_scale
-        for scale in dict.fromkeys([1.0, guidance] if null else [1.0]) if args.samples else []:
-            images = draw(model, labels, rt, held_out.codec, scale, args.steps)
-            if rt.rank == 0:
-                score = described(the_judge.score(images, labels, reference), the_judge)
-                print(f"  guidance {scale:<3g}{len(images)} samples: {score}", flush=True)
-    rt.close()
+def in_words(score):
+    recognized = "{recognized:.3f} recognized ({low:.3f} to {high:.3f}), {nearest:.1f} grey levels to a copy, "
+    return (recognized * ("recognized" in score) + "KID x 1000 {kid:.2f} +- {kid_error:.2f}").format(**score)
 
 
 def takes(info):
-    """What the model of a checkpoint takes."""
-    return [info["model_args"][name] for name in ("input_size", "in_channels")], info["class_names"], \
-        info["config"].get("vae")
+    """What a model is given."""
+    sizes = info["model_args"]
+    return sizes["input_size"], sizes["in_channels"], info["class_names"], info["config"].get("vae")
 
 
-def described(score, judge):
-    """A score in words."""
-    words = "{kid:.2f} +- {kid_error:.2f} KID x 1000 in the features of " + judge.name
-    if "recognized" in score:
-        words = "{recognized:.3f} recognized ({low:.3f} to {high:.3f}), " + words + ", {nearest:.1f} grey levels to a copy"
-    return words.format(**score)
+def parse_args(argv):
+    flags = sample.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = flags.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="of train.py, or official; all are compared with the first")
+    add("--data", help="held-out pictures, one folder per class (a run on the built-in set needs none)")
+    add("--images", type=between(int, 20), default=REFERENCE_IMAGES, help="for losses and likelihood (512)")
+    add("--exact", action="store_true", help="bits/dim from all 1000 timesteps: 30 times as long")
+    add("--samples", type=between(int, 0), default=500, help="to draw with and without guidance; 0: none (500)")
+    add("--steps", type=between(int, 1, 1001), default=25, help="of ddim (25)")
+    add("--cfg-scale", type=between(float, -1000, 1000), help="guidance of the samples (default: the run's)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    return flags.parse_args(argv)
+
+
+def main(argv):
+    args = parse_args(argv)
+    rt = train.Runtime(train.Config(device=args.device, dtype="fp32", batch_size=int(os.environ.get("WORLD_SIZE", 1))))
+    models = {path: sample.load_model(path, rt.device) for path in args.checkpoints}
+    first = args.checkpoints[0]
+    for path, (_, info) in models.items():
+        if takes(info) != takes(models[first][1]):
+            raise UserError(f"{path} takes other images or classes than {first}: measure it by itself")
+    held_out = HeldOut(first, models[first][1], args.data, rt)
+    n, half = min(args.images, len(held_out.order)), min(args.samples, len(held_out.order) // 2)
+    if n < 20 or 0 < args.samples and half < 20:
+        raise UserError("too few images: KID takes 20 samples and 40 held-out pictures, the losses (--samples 0) 20")
+
+    # what judges samples, and its value of real images
+    labels = held_out.labels(args.samples)
+    if args.samples and rt.rank == 0:
+        judge = Judge(models[first][1]["model_args"]["input_size"]) if held_out.built_in else ImageNet(rt.device)
+        reference, real = held_out.pictures(range(half)), held_out.pictures(range(half, 2 * half))
+        real_labels = held_out.labels(2 * half)[half:]
+        print(f"KID in the features of {judge.name}")
+        print(f"  {half} real images: {in_words(judge.score(real, real_labels, reference))}", flush=True)
+
+    share = range(n)[rt.share(n)]
+    x, y = held_out.encode(held_out.pictures(share)).to(rt.device), held_out.labels(n)[share].to(rt.device)
+    before = {}
+    for path in args.checkpoints:
+        model, info = models[path]
+        found = report_losses(args, rt, path, model, info, (held_out, n, x, y), before)
+        before = before or found
+        guidance = sample.default_guidance(info["config"], info["class_names"])
+        if args.cfg_scale is not None and info["config"]["label_drop"] > 0:
+            guidance = args.cfg_scale
+        for scale in dict.fromkeys([1.0, guidance]) if args.samples else []:
+            images = draw(args, rt, model, labels, held_out.codec, scale)
+            if rt.rank == 0:
+                said = in_words(judge.score(images, labels, reference))
+                print(f"  {len(images)} samples, guidance {scale:g}: {said}", flush=True)
+    rt.close()
 
 
 if __name__ == "__main__":
-    sample.run(main, less_memory="measure fewer images at once: --images")
+    sample.run(main, less_memory="measure fewer --images and --samples")
