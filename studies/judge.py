@@ -59,9 +59,15 @@ class Judge:
         reference = real_shapes(range(20_000, 21_000), images.shape[-1])[0] if reference is None else reference
         hits = (self.guess(images) == labels).sum().item()
         low, high = wilson(hits, len(images))
-        distance, error = kid(self.features(images), self.features(reference))
-        return dict(recognized=hits / len(images), low=low, high=high, kid=distance, kid_error=error,
-                    nearest=nearest(images, self.seen))
+        distance, distance_error = kid(self.features(images), self.features(reference))
+        return dict(
+            recognized=hits / len(images),
+            low=low,
+            high=high,
+            kid=distance,
+            kid_error=distance_error,
+            nearest=nearest(images, self.seen),
+        )
 
 
 class ImageNet:
@@ -82,12 +88,15 @@ class ImageNet:
         """uint8 (N, 3, H, W) -> (N, 1280): the mean over the positions of the last feature map, at 128 x 128 pixels."""
         parts = []
         for some in images.split(50):
-            x = F.interpolate(some.to(self.device).float(), (128, 128), mode="bicubic", antialias=True).clamp(0, 255)
+            x = some.to(self.device).float()
+            x = F.interpolate(x, (128, 128), mode="bicubic", antialias=True).clamp(0, 255)
             parts.append(self.network.extract_features((x - 127) / 128).mean((2, 3)).cpu())
         return torch.cat(parts)
 
     def score(self, images, labels, reference):
-        return dict(zip(("kid", "kid_error"), kid(self.features(images), self.features(reference)), strict=True))
+        """What measure.py prints of samples: KID."""
+        distance, distance_error = kid(self.features(images), self.features(reference))
+        return dict(kid=distance, kid_error=distance_error)
 
 
 def kid(a, b, subsets=10):
@@ -97,12 +106,20 @@ def kid(a, b, subsets=10):
     The error comes from leaving out each tenth (the jackknife; for equal sets it is 1.4 times too large), so the images
     should not lie class by class.
     """
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        return kernel(x, x).fill_diagonal_(0).sum() / (len(x) * (len(x) - 1))
+
     def mmd(a, b):
-        within = [((x @ x.T / x.shape[1] + 1) ** 3).fill_diagonal_(0).sum() / len(x) / (len(x) - 1) for x in (a, b)]
-        return 1000 * (sum(within) - 2 * ((a @ b.T / a.shape[1] + 1) ** 3).mean()).item()
+        return 1000 * (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+    def left(x, k):
+        return x[torch.arange(len(x)) * subsets // len(x) != k]
 
     a, b = a.double(), b.double()
-    without = [mmd(*(x[torch.arange(len(x)) * subsets // len(x) != k] for x in (a, b))) for k in range(subsets)]
+    without = [mmd(left(a, k), left(b, k)) for k in range(subsets)]
     return mmd(a, b), ((subsets - 1) * np.var(without)) ** 0.5
 
 

@@ -10,6 +10,8 @@ What each number is good for: docs/measuring.md.
 import copy
 import csv
 import dataclasses
+import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -58,8 +60,9 @@ def validation_losses(model, images, labels, numbers=None, batch_size=64, null=T
         terms = diffusion.training_losses(model, x, t, noise, y=y)
         found = [terms["mse"], terms["vb"]]
         if null:
-            found.append(diffusion.training_losses(model, x, t, noise, y=torch.full_like(y, model.num_classes))["mse"])
-        columns.append(torch.stack(found).view(len(found), -1, QUARTERS).double().cpu())
+            y = torch.full_like(y, model.num_classes)
+            found.append(diffusion.training_losses(model, x, t, noise, y=y)["mse"])
+        columns.append(torch.stack(found).view(len(found), -1, QUARTERS).cpu().double())
     return dict(zip(("mse", "vb", "null"), torch.cat(columns, dim=1), strict=False))
 
 
@@ -78,7 +81,7 @@ def bound_draws(i):
     """Timesteps (32,) of image i from q(t) = ln((t + 1) / t) / ln 1000, t = 1 to 999, in strata; and 1 / (32 q)."""
     u = (np.arange(DRAWS) + np.random.default_rng((i, 2)).random(DRAWS)) / DRAWS
     t = torch.from_numpy(1000 ** u).long().clamp(1, 999)        # q sums to ln(t + 1) / ln 1000
-    return t, np.log(1000) / torch.log1p(1 / t) / DRAWS
+    return t, math.log(1000) / torch.log1p(1 / t) / DRAWS
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def bits_per_dim(model, images, labels, numbers=None, batch_size=64, exact=False
     exactly = copy.copy(diffusion)
     exactly.num_timesteps = 1000 if exact else 1
     for first in range(0, len(images), batch_size):
-        x, y, some = (all_of[first:first + batch_size] for all_of in (images, labels, numbers))
+        x, y, some = (every[first:first + batch_size] for every in (images, labels, numbers))
         randn = sample.ImageNoise(10 ** 9, some)                # not the noise that samples start from
         total = exactly.bits_per_dim(model, x, randn, y=y)["total"]
         timesteps, weights = zip(*map(bound_draws, some), strict=True)
@@ -102,7 +105,7 @@ def bits_per_dim(model, images, labels, numbers=None, batch_size=64, exact=False
             x_t = diffusion.q_sample(x, t, randn(x))
             out = diffusion._call(model, x_t, t, dict(y=y))
             total = total + weight * diffusion._vb_terms_bpd(out, x, x_t, t, clip_denoised=True)
-        totals.append(total.double().cpu())
+        totals.append(total.cpu().double())
     return torch.cat(totals)
 
 
@@ -122,13 +125,15 @@ class HeldOut:
             self.order = np.random.default_rng(0).permutation(len(self.source.labels))
         elif config.get("data") == "shapes":
             labels = [i % 10 for i in range(200_000)]
-            self.source = train.Source([], [], list(train.SHAPES), labels, lambda i: train.draw_shape(i, size))
+            draw_one = functools.partial(train.draw_shape, size=size)
+            self.source = train.Source([], [], list(train.SHAPES), labels, draw_one)
             self.order = np.arange(20_000, 200_000)
         else:
             raise UserError(f"{path} was not trained on the built-in set: give --data FOLDER, with held-out pictures "
                             "in one folder per class")
 
-        theirs, ours = (list(map(train.nfc, names)) for names in (self.source.class_names, info["class_names"]))
+        theirs = list(map(train.nfc, self.source.class_names))
+        ours = list(map(train.nfc, info["class_names"]))
         imagenet = len(theirs) == len(ours) and (theirs[0], ours[0]) == ("n01440764", "tench")
         if theirs != ours and not imagenet:
             raise UserError(f"--data {data} has {len(theirs)} classes ({', '.join(theirs[:3])}), {path} has "
@@ -137,7 +142,8 @@ class HeldOut:
 
     def labels(self, n):
         """The classes (n,) of the first n images. If there are fewer, they are repeated."""
-        return torch.tensor([self.source.labels[self.order[i % len(self.order)]] for i in range(n)])
+        indices = np.resize(self.order, n)
+        return torch.tensor([self.source.labels[i] for i in indices])
 
     def pictures(self, numbers):
         """uint8 (n, 3, I, I): these images, counted from 0."""
@@ -181,8 +187,11 @@ def verdict(info, losses):
     config, step = info["config"], info["step"]
     preset = dataclasses.asdict(train.Config(**train.PRESETS["shapes"]))
     fixed = preset.keys() - train.MAY_CHANGE - {"preset", "block", "seed", "out", "resume"}
-    different = [f"--{name.replace('_', '-')} {config.get(name)}" for name in preset
-                 if name in fixed and config.get(name) != preset[name]]
+    different = [
+        f"--{name.replace('_', '-')} {config.get(name)}"
+        for name in preset
+        if name in fixed and config.get(name) != preset[name]
+    ]
     if different:
         return f"none for {', '.join(different)}: it is of the preset"
     if len(losses["mse"]) != REFERENCE_IMAGES:
@@ -192,7 +201,8 @@ def verdict(info, losses):
     if step not in steps:
         return f"none for step {step} of {config['block']}: it is of {', '.join(map(str, steps)) or 'no step'}"
 
-    rows, said = [row for row in rows if int(row["step"]) == step], []
+    rows = [row for row in rows if int(row["step"]) == step]
+    said = []
     for name in ("mse", "vb"):
         seeds = [float(row[name]) for row in rows]
         margin = 3 * max(float(row[f"{name}_error"]) for row in rows)
@@ -207,7 +217,8 @@ def verdict(info, losses):
 def report_losses(args, rt, path, model, info, images, first):
     """Print what is measured on held-out images; return it for each image. first: what this returned before."""
     held_out, n, x, y = images
-    numbers, null = range(n)[rt.share(n)], info["config"]["label_drop"] > 0
+    numbers = range(n)[rt.share(n)]
+    null = info["config"]["label_drop"] > 0
     losses = validation_losses(model, x, y, numbers, null=null)
     losses = {name: gathered(rt, values, n) for name, values in losses.items()}
     found = {"eps-mse": losses["mse"].mean(1), "vb": losses["vb"].mean(1)}
@@ -230,10 +241,12 @@ def report_losses(args, rt, path, model, info, images, first):
 
 def draw(args, rt, model, labels, codec, cfg_scale):
     """uint8 samples (n, 3, I, I) with these labels, from all processes."""
-    mine, parts = range(len(labels))[rt.share(len(labels))], []
+    mine = range(len(labels))[rt.share(len(labels))]
+    parts = []
     for k in range(0, len(mine), 100):
         some = mine[k:k + 100]
-        x = sample.sample_images(model, labels[some], some, cfg_scale=cfg_scale, steps=args.steps, sampler="ddim")
+        how = dict(cfg_scale=cfg_scale, steps=args.steps, sampler="ddim")
+        x = sample.sample_images(model, labels[some], some, **how)
         parts.append(sample.to_uint8(codec.decode(x)))
     return gathered(rt, torch.cat(parts), len(labels))
 
@@ -265,28 +278,33 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    rt = train.Runtime(train.Config(device=args.device, dtype="fp32", batch_size=int(os.environ.get("WORLD_SIZE", 1))))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rt = train.Runtime(train.Config(device=args.device, dtype="fp32", batch_size=world))
     models = {path: sample.load_model(path, rt.device) for path in args.checkpoints}
     first = args.checkpoints[0]
+    first_info = models[first][1]
     for path, (_, info) in models.items():
-        if takes(info) != takes(models[first][1]):
+        if takes(info) != takes(first_info):
             raise UserError(f"{path} takes other images or classes than {first}: measure it by itself")
-    held_out = HeldOut(first, models[first][1], args.data, rt)
-    n, half = min(args.images, len(held_out.order)), min(args.samples, len(held_out.order) // 2)
+    held_out = HeldOut(first, first_info, args.data, rt)
+    n = min(args.images, len(held_out.order))
+    half = min(args.samples, len(held_out.order) // 2)
     if n < 20 or 0 < args.samples and half < 20:
         raise UserError("too few images: KID takes 20 samples and 40 held-out pictures, the losses (--samples 0) 20")
 
     # what judges samples, and its value of real images
     labels = held_out.labels(args.samples)
     if args.samples and rt.rank == 0:
-        judge = Judge(models[first][1]["model_args"]["input_size"]) if held_out.built_in else ImageNet(rt.device)
-        reference, real = held_out.pictures(range(half)), held_out.pictures(range(half, 2 * half))
+        judge = Judge(first_info["model_args"]["input_size"]) if held_out.built_in else ImageNet(rt.device)
+        reference = held_out.pictures(range(half))
+        real = held_out.pictures(range(half, 2 * half))
         real_labels = held_out.labels(2 * half)[half:]
         print(f"KID in the features of {judge.name}")
         print(f"  {half} real images: {in_words(judge.score(real, real_labels, reference))}", flush=True)
 
     share = range(n)[rt.share(n)]
-    x, y = held_out.encode(held_out.pictures(share)).to(rt.device), held_out.labels(n)[share].to(rt.device)
+    x = held_out.encode(held_out.pictures(share)).to(rt.device)
+    y = held_out.labels(n)[share].to(rt.device)
     before = {}
     for path in args.checkpoints:
         model, info = models[path]

@@ -83,10 +83,10 @@ def test_the_bound_with_every_timestep_drawn_once_is_the_whole_bound(some_images
 
 def test_the_timesteps_of_the_bound_sum_without_bias():
     """The sum of weight f(t) estimates that of f(t) over t = 1..999: the harmonic number of 1 / t, 999 of 1."""
-    t, weights = zip(*map(measure.bound_draws, range(400)), strict=True)
-    t, weights = torch.stack(t), torch.stack(weights)
+    t, weights = map(torch.stack, zip(*map(measure.bound_draws, range(400)), strict=True))
     assert t.min() == 1 and 990 < t.max() <= 999
-    for f, total, within in [(1 / t, sum(1 / k for k in range(1, 1000)), 2e-3), (t ** 0, 999, 0.02)]:
+    harmonic = sum(1 / k for k in range(1, 1000))
+    for f, total, within in [(1 / t, harmonic, 2e-3), (t ** 0, 999, 0.02)]:
         sums = (weights * f).sum(1)
         assert abs(sums.mean() - total) < 4 * measure.error(sums) < within * total
 
@@ -106,7 +106,8 @@ def test_bits_per_dim_of_a_trained_model_is_the_exact_bound_within_its_error():
 def test_kid_is_its_formula_and_zero_for_two_halves_of_one_set():
     a, b = torch.randn(40, 6), torch.randn(30, 6) * 1.2 + 0.3
     def k(x, y):
-        return (sum(p * q for p, q in zip(x.tolist(), y.tolist(), strict=True)) / 6 + 1) ** 3
+        product = sum(p * q for p, q in zip(x.tolist(), y.tolist(), strict=True))
+        return (product / 6 + 1) ** 3
     direct = (sum(k(x, y) for x, y in itertools.permutations(a, 2)) / (40 * 39)
               + sum(k(x, y) for x, y in itertools.permutations(b, 2)) / (30 * 29)
               - 2 * sum(k(x, y) for x in a for y in b) / (40 * 30))
@@ -151,8 +152,9 @@ def test_checkpoints_are_compared_image_by_image(tiny_run, held_out, tmp_path, c
     measure.main(f"{tiny_run.checkpoint} {tiny_run.checkpoint} {tmp_path}/b.pt --data {held_out} --samples 0".split())
     said = capsys.readouterr().out
     assert said.count("48 held-out images") == 3 and said.count("first's 0.00000 +- 0.00000") == 4
-    x = torch.stack([torch.from_numpy(np.asarray(Image.open(path)).transpose(2, 0, 1).copy()) / 127.5 - 1
-                     for path in sorted(held_out.glob("*/*"), key=lambda path: (path.parent.name, path.name))])
+    paths = sorted(held_out.glob("*/*"), key=lambda path: (path.parent.name, path.name))
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths]).transpose(0, 3, 1, 2)
+    x = torch.tensor(pixels) / 127.5 - 1
     order = np.random.default_rng(0).permutation(48)
     models = [sample.load_model(path)[0] for path in (tiny_run.checkpoint, tmp_path / "b.pt")]
     a, b = (measure.validation_losses(model, x[order], torch.tensor(order) // 16)["mse"] for model in models)
@@ -210,9 +212,10 @@ def test_reference_values_are_made_and_compared_with(tmp_path, monkeypatch):
     for mse, word in [(0.093, "OUTSIDE"), (0.095, "inside"), (0.125, "inside"), (0.127, "OUTSIDE")]:
         assert f"mse is {word} 0.09400 to 0.12600, vb is inside" in verdict(mse)
     assert "none for step 200 of adaln: it is of 100, 300" in verdict(0.1, step=200)
-    assert "none for --lr 0.001" in verdict(0.1, lr=1e-3) and "none for step 300 of adaln-zero" in verdict(
-        0.1, block="adaln-zero")
-    assert "8 images" in verdict(0.1, images=9) and "inside" in verdict(0.1, steps=300, device="cpu", out="elsewhere")
+    assert "none for --lr 0.001" in verdict(0.1, lr=1e-3)
+    assert "none for step 300 of adaln-zero" in verdict(0.1, block="adaln-zero")
+    assert "8 images" in verdict(0.1, images=9)
+    assert "inside" in verdict(0.1, steps=300, device="cpu", out="elsewhere")
 
 
 # The field's tools ----------------------------------------------------------------------------------------------------
@@ -236,12 +239,13 @@ def test_torch_fidelity_reads_a_set_of_sample_py(tiny_run, tmp_path):
     for shift in (10, 40):
         (tmp_path / f"{shift}").mkdir()
         for path, image in zip(paths, images, strict=True):
-            Image.fromarray((image // 2 + shift).astype(np.uint8)).save(tmp_path / f"{shift}" / path.name)
+            shifted = Image.fromarray((image // 2 + shift).astype(np.uint8))
+            shifted.save(tmp_path / f"{shift}" / path.name)
     found = [fidelity.calculate_metrics(
         input1=str(tmp_path / "10"), input2=str(tmp_path / other), fid=True, kid=True, feature_extractor="means",
         cuda=False, cache=False, verbose=False, kid_subset_size=30, kid_subsets=20) for other in ("10", "40", "0")]
-    fids, kids = ([one[name] for one in found] for name in ("frechet_inception_distance",
-                                                            "kernel_inception_distance_mean"))
+    fids = [one["frechet_inception_distance"] for one in found]
+    kids = [one["kernel_inception_distance_mean"] for one in found]
     assert abs(fids[0]) < 1e-4 * fids[1] and abs(kids[0]) < 0.1 * kids[1] and min(fids[2], kids[2]) > 0, found
     assert fids[1] == pytest.approx(12 * (30 / 255) ** 2, rel=1e-3)               # means differ, covariances do not
     with np.load(tmp_path / "0" / "samples.npz") as npz:            # what ADM's evaluator reads
