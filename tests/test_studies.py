@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, tiny_dit
+from conftest import LATENT, ROOT, refusal, tiny_dit
 from PIL import Image
 
 import sample
@@ -162,6 +162,24 @@ def test_checkpoints_are_compared_image_by_image(tiny_run, held_out, tmp_path, c
     assert f"minus the first's {difference.mean():.5f} +- {difference.std() / 48 ** 0.5:.5f}" in said
 
 
+def test_latents_and_a_model_without_a_null_label(run, vae_folder, held_out, capsys):
+    """x_0 is the mean of the VAE's posterior."""
+    from diffusers import AutoencoderKL
+
+    latent = run(LATENT, vae_folder, "--label-drop 0").checkpoint
+    measure.main([str(latent), "--data", str(held_out), "--samples", "0"])
+    said = capsys.readouterr().out
+    assert "no null label" in said and "bits/dim" not in said and "reference" not in said
+    model, info = sample.load_model(latent)
+    held = measure.HeldOut(latent, info, held_out, train.Runtime(train.Config(device="cpu")))
+    pictures = held.pictures(range(3))
+    with torch.no_grad():
+        x = 0.18215 * AutoencoderKL.from_pretrained(vae_folder).encode(pictures / 127.5 - 1).latent_dist.mean
+    torch.testing.assert_close(held.encode(pictures), x, rtol=1e-3, atol=1e-4)    # float16
+    losses = measure.validation_losses(model, held.encode(held.pictures(range(48))), held.labels(48))
+    assert f"eps-mse     {losses['mse'].mean():.5f}" in said
+
+
 def test_refusals(tiny_run, held_out, pictures, tmp_path):
     ckpt = tiny_run.checkpoint
     assert "--data FOLDER" in refusal(measure.main, ckpt)
@@ -241,9 +259,10 @@ def test_torch_fidelity_reads_a_set_of_sample_py(tiny_run, tmp_path):
         for path, image in zip(paths, images, strict=True):
             shifted = Image.fromarray((image // 2 + shift).astype(np.uint8))
             shifted.save(tmp_path / f"{shift}" / path.name)
-    found = [fidelity.calculate_metrics(
-        input1=str(tmp_path / "10"), input2=str(tmp_path / other), fid=True, kid=True, feature_extractor="means",
-        cuda=False, cache=False, verbose=False, kid_subset_size=30, kid_subsets=20) for other in ("10", "40", "0")]
+    how = dict(fid=True, kid=True, kid_subset_size=30, kid_subsets=20, feature_extractor="means", cuda=False,
+               cache=False, verbose=False, save_cpu_ram=True)
+    first, *others = (str(tmp_path / name) for name in ("10", "40", "0"))
+    found = [fidelity.calculate_metrics(input1=first, input2=other, **how) for other in (first, *others)]
     fids = [one["frechet_inception_distance"] for one in found]
     kids = [one["kernel_inception_distance_mean"] for one in found]
     assert abs(fids[0]) < 1e-4 * fids[1] and abs(kids[0]) < 0.1 * kids[1] and min(fids[2], kids[2]) > 0, found
