@@ -93,7 +93,7 @@ def test_the_timesteps_of_the_bound_sum_without_bias():
 
 @pytest.mark.slow
 def test_bits_per_dim_of_a_trained_model_is_the_exact_bound_within_its_error():
-    """On the same images, so only the draws differ: 0.06 an image, or 0.02 bits for 8."""
+    """On the same images, so only timesteps and noise differ: 0.06 bits for an image, or 0.02 for 8."""
     model, _ = sample.load_model(ROOT / "docs" / "shapes.pt")
     images, labels = measure.unseen_shapes(8)
     exact, ours = (measure.bits_per_dim(model, images / 127.5 - 1, labels, exact=flag) for flag in (True, False))
