@@ -22,9 +22,9 @@ def test_the_first_run_ends_in_pictures_of_the_classes_asked_for(tmp_path):
     subprocess.run([sys.executable, ROOT / "train.py"], cwd=tmp_path, check=True)
     minutes, out = (time.perf_counter() - began) / 60, tmp_path / "runs" / "shapes"
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "log.csv", "config.json", "samples", ".lock"}
-    found = judge(out)
-    print(f"\n{minutes:.1f} minutes; {found}")
-    assert found["real"] > 0.99 and found["recognized"] >= 980 and found["nearest"] > 0.5 * found["nearest_real"]
+    samples, real = judge(out)
+    print(f"\n{minutes:.1f} minutes; {samples}; {real}")
+    assert real["recognized"] > 0.99 and samples["recognized"] >= 0.98 and samples["nearest"] > 0.5 * real["nearest"]
 
 
 @pytest.mark.slow
