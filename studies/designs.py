@@ -1,22 +1,19 @@
 """Figure 5: the four block designs, each at its own best learning rate, and all at one.
 
-    python studies/designs.py                                           # 40 minutes on two CPU cores
-    python studies/designs.py --data cifar10/train --held-out cifar10/test    # one rate and seed; as long
+    python studies/designs.py                                   # 50 minutes on two CPU cores
 
 Four rates are tried with seed 0. The best one and the common one are repeated with the other seeds. Rows go to
-docs/studies/designs.csv, the picture to docs/studies/designs.png. Of a folder of pictures the rows go to
-designs_pictures.csv; measure.py gives the KID of its checkpoints.
+docs/studies/designs.csv, the picture to docs/studies/designs.png. On pictures of your own, use train.py, measure.py
+and plot.py (docs/findings.md).
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import lab
-import measure
 import plot
 
 import sample
-import train
 from dit import DESIGNS
 
 
@@ -35,6 +32,7 @@ def draw(best, common, rows, path):
     middle.set(title=f"all at {lab.COMMON:g}", xlabel="step")
     right.set(title="the end of training", xlabel="learning rate")
     left.legend()
+    middle.sharey(left)
     for place in (left, middle):
         plot.ticks(place.xaxis, steps)
         plot.ticks(place.yaxis, [0.04, 0.05, 0.06, 0.08, 0.1])
@@ -43,29 +41,8 @@ def draw(best, common, rows, path):
     plot.save(figure, path)
 
 
-def on_pictures(args):
-    """The four designs at 6 x 192 and patch size 4, on 32 x 32 pictures."""
-    settings = train.PRESETS["cifar10"] | dict(model="", depth=6, hidden_size=192, num_heads=6, patch_size=4,
-                                               batch_size=64, dtype="fp32", data=args.data)
-    cfg = train.Config(**settings)
-    names = train.open_source(cfg).class_names
-    info = dict(config=settings, class_names=names, model_args=train.model_args(cfg, len(names)), space="pixel")
-    held_out = measure.HeldOut(args.data, info, args.held_out, train.Runtime(cfg))
-    validation = held_out.encode(held_out.pictures(range(args.images))), held_out.labels(args.images)
-    rows = lab.study("designs_pictures", [dict(block=block, lr=1e-3, seed=0) for block in DESIGNS], args,
-                     settings=settings, validation=validation)
-    lab.report("eps-mse of one seed", lab.grouped(rows, "block"))
-
-
 def main(argv):
-    flags = lab.parser(__doc__, steps=1500)
-    flags.add_argument("--data", help="train on this folder of pictures instead, one folder per class")
-    flags.add_argument("--held-out", help="and validate on this one")
-    args = flags.parse_args(argv)
-    if bool(args.data) != bool(args.held_out):
-        raise sample.UserError("--data and --held-out go together")
-    if args.data:
-        return on_pictures(args)
+    args = lab.parser(__doc__, steps=1500).parse_args(argv)
     best, common, rows = lab.sweep("designs", [dict(block=block) for block in DESIGNS], args)
     errors = lab.per_image("designs", args)
     lab.report("eps-mse, each design at its best rate", best, errors=errors)

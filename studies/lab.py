@@ -5,9 +5,9 @@ losses become rows of docs/studies/STUDY.csv when it ends, and a run that has it
 averaged weights lie in runs/studies/STUDY/, as a checkpoint. Runs are trained by two processes of one thread each: such
 small models are faster so than one after the other on two threads.
 """
+import contextlib
 import csv
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import measure
+import plot
 from speed import forward_flops
 
 import sample
@@ -30,7 +32,6 @@ from dit import GaussianDiffusion
 
 CHECKED = 100, 300, 600, 1000                                       # a run is validated after these steps, and the last
 RATES, COMMON = (1e-3, 2e-3, 4e-3, 8e-3), 2e-3                      # learning rates to choose from, and one for all
-MEASURES = ["mse", "vb", "mse_q1", "mse_q2", "mse_q3", "mse_q4", "label_use"]
 
 
 def parser(description, steps):
@@ -67,10 +68,10 @@ class Table:
 
     @staticmethod
     def number(text):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        for kind in int, float:                                     # float reads nan, too
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text
 
     def of(self, about):
         """The rows that have all these values."""
@@ -90,8 +91,13 @@ def side_by_side(work, jobs, processes, desc):
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(work, *job): job for job in jobs}
-        for done in tqdm(as_completed(running), desc=desc, unit="run", total=len(jobs)):
-            yield running[done], done.result()
+        try:
+            for done in tqdm(as_completed(running), desc=desc, unit="run", total=len(jobs)):
+                yield running[done], done.result()
+        except BaseException:                                       # Ctrl-C, too
+            for process in multiprocessing.active_children():
+                process.terminate()                                 # or all that is queued would be done first
+            raise
 
 
 def train_run(run, settings, alter, path, validation):
@@ -115,10 +121,8 @@ def train_run(run, settings, alter, path, validation):
             paused = time.perf_counter()
             found = measure.validation_losses(training.ema, *validation)
             validating += time.perf_counter() - paused
-            by_quarter = dict(zip(MEASURES[2:6], found["mse"].mean(0).tolist(), strict=True))
-            rows.append(about | dict(step=step, mse=found["mse"].mean().item(), vb=found["vb"].mean().item(),
-                                     **by_quarter, label_use=(found["null"] - found["mse"]).mean().item(),
-                                     seconds=round(time.perf_counter() - began - validating, 1)))
+            seconds = round(time.perf_counter() - began - validating, 1)
+            rows.append(about | dict(step=step, **measure.summary(found), seconds=seconds))
 
     state = train.about_run(cfg, source, train.Pixels()) | train.to_cpu(training.state()) | dict(step=cfg.steps)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,19 +134,26 @@ def train_run(run, settings, alter, path, validation):
 def study(name, runs, args, alter=None, settings=None, validation=None, keep=False):
     """Train what is not trained yet; return the rows of these runs. keep: their checkpoints are needed, too."""
     settings = vars(train.Config(**train.PRESETS["shapes"])) | dict(
-        batch_size=32, lr_decay_steps=0, device="cpu", steps=args.steps) | (settings or {})
-    table = Table(f"{args.docs}/{name}.csv")
-    left = [run for run in runs if not table.of(run | dict(step=args.steps))
-            or keep and not checkpoint(name, run, args).exists()]
+        batch_size=32, lr_decay_steps=0, device="cpu") | (settings or {}) | dict(steps=args.steps)
+    lock = train.hold(SimpleNamespace(out=f"{args.out}/{name}"))    # noqa: F841  (held until the end)
+    table, made = Table(f"{args.docs}/{name}.csv"), dict(
+        steps=args.steps, images=args.images, data=Path(settings["data"]).name)
+    if any(not made.items() <= row.items() for row in table.rows):
+        raise sample.UserError(f"{table.path} has rows of other --steps, --images or --data: name another --docs")
+    left = [run for run in runs if not table.of(run) or keep and not checkpoint(name, run, args).exists()]
+    if left:
+        plot.axes(1)                                                # refuses before the work if it cannot draw
     if left and validation is None:
         images, labels = measure.unseen_shapes(args.images)
         validation = images / 127.5 - 1, labels
     jobs = [(run, settings, alter, checkpoint(name, run, args), validation) for run in left]
     for (run, *_), (rows, errors) in side_by_side(train_run, jobs, args.processes, name):
-        table.add(rows, run)
+        if table.of(run):                                           # only its checkpoint was missing
+            continue
         with sample.atomic_write(table.path.with_suffix(".npz")) as file:
             np.savez(file, **per_image(name, args) | {key(run): errors})
-    return [row for run in runs for row in table.of(run) if row["step"] <= args.steps]
+        table.add([row | made for row in rows], run)
+    return [row for run in runs for row in table.of(run)]
 
 
 def per_image(name, args):
@@ -159,7 +170,8 @@ def sweep(name, kinds, args, **how):
     """
     at_seed_0 = study(name, [kind | dict(lr=lr, seed=0) for lr in RATES for kind in kinds], args, **how)
     at_the_end = grouped([row for row in at_seed_0 if row["step"] == args.steps], *kinds[0])
-    best = {kind: min(rows, key=lambda row: row["mse"])["lr"] for kind, rows in at_the_end.items()}
+    best = {kind: min(rows, key=lambda row: np.nan_to_num(row["mse"], nan=np.inf))["lr"]             # nan: diverged
+            for kind, rows in at_the_end.items()}
     again = [kind | dict(lr=lr, seed=seed) for seed in range(1, args.seeds) for kind in kinds
              for lr in dict.fromkeys([best[tuple(kind.values())], COMMON])]
     rows = grouped(at_seed_0 + study(name, again, args, **how), *kinds[0])
@@ -183,8 +195,9 @@ def grouped(rows, *columns):
 def report(title, groups, column="mse", sign=1, errors=None):
     """Print each kind's values at the end, one for each seed, and what they show. sign: -1 if larger is better.
 
-    One kind is better than another if the gap of the means exceeds twice the larger range of the seeds: then every seed
-    says so, too. errors: of each image, from per_image; the gap's standard error over the images is printed, too.
+    With three seeds or more, one kind is better than another if the gap of the means exceeds twice the larger range of
+    the seeds: then every seed says so, too. errors: of each image, from per_image; the gap's standard error over the
+    images is printed, too.
     """
     ends = {kind: last(rows) for kind, rows in groups.items()}
     values = {kind: np.array([row[column] for row in rows]) for kind, rows in ends.items()}
@@ -193,7 +206,7 @@ def report(title, groups, column="mse", sign=1, errors=None):
         print(f"  {' '.join(kind):36} lr {ends[kind][0]['lr']:<6g} " + "  ".join(f"{value:.5f}" for value in some))
     for (better, ours), (worse, theirs) in itertools.permutations(values.items(), 2):
         gaps = sign * (theirs - ours)
-        if len(gaps) > 1 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
+        if len(gaps) > 2 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
             error = ""
             if errors:
                 pairs = zip(ends[better], ends[worse], strict=True)

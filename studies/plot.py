@@ -66,7 +66,8 @@ def smooth(values):
 
 def paired(folders):
     """Whether the runs drew the same batches."""
-    settings = [json.loads((Path(folder) / "config.json").read_text()) for folder in folders]
+    with explaining("a run lacks its config.json", "give folders that train.py wrote", OSError):
+        settings = [json.loads((Path(folder) / "config.json").read_text()) for folder in folders]
     return all(one.get(name) == settings[0].get(name) for one in settings for name in PAIRED)
 
 

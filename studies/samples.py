@@ -9,6 +9,7 @@ trained if they are not there. Rows go to docs/studies/steps.csv and guidance.cs
 import functools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import judge
@@ -18,10 +19,11 @@ import sizes
 import torch
 
 import sample
+import train
 
 STEPS = 4, 8, 16, 32, 64, 128
 SCALES = 0.0, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0
-ORDER = ["S/4", "S/2", "M/4", "M/2", "L/8", "L/4"]
+ORDER = ["S/4", "S/2", "M/4", "M/2", "L/4", "W/8"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,11 +44,20 @@ def score(about, path, images):
 
 def scored(name, jobs, args):
     """The rows of these jobs, (about, path of the checkpoint)."""
+    lock = train.hold(SimpleNamespace(out=f"{args.out}/{name}"))    # noqa: F841  (held until the end)
+    jobs = [(about | dict(samples=args.samples, trained=args.steps), path) for about, path in jobs]
     table = lab.Table(f"{args.docs}/{name}.csv")
     left = [(about, path, args.samples) for about, path in jobs if not table.of(about)]
     for (about, *_), row in lab.side_by_side(score, left, args.processes, name):
         table.add([row], about)
     return [row for about, _ in jobs for row in table.of(about)]
+
+
+def errors(rows, column):
+    """What errorbar takes: KID's standard error, or the ends of the share's interval."""
+    if column == "kid":
+        return [row["kid_error"] for row in rows]
+    return [[row["recognized"] - row["low"] for row in rows], [row["high"] - row["recognized"] for row in rows]]
 
 
 def draw_steps(rows, path):
@@ -56,9 +67,10 @@ def draw_steps(rows, path):
         size, patch_size = name.split("/")
         look = dict(color=sizes.COLOURS[size], marker=sizes.MARKERS[int(patch_size)], ms=5, lw=1, label=name)
         for place, column in zip(places, ("kid", "recognized"), strict=True):
-            place.plot([row["mmacs"] * row["steps"] / 1e3 for row in some], [row[column] for row in some], **look)
+            compute = [row["mmacs"] * row["steps"] / 1e3 for row in some]
+            place.errorbar(compute, [row[column] for row in some], yerr=errors(some, column), **look)
             place.set(xscale="log", xlabel="billion multiply-adds to draw an image")
-    places[0].set(yscale="log", ylabel="KID x 1000")
+    places[0].set(yscale="symlog", ylabel="KID x 1000")
     places[1].set(ylabel="share of recognized samples")
     places[1].legend()
     plot.save(figure, path)
@@ -67,9 +79,8 @@ def draw_steps(rows, path):
 def draw_guidance(rows, path):
     figure, (left, right) = plot.axes(2)
     scales = [row["cfg_scale"] for row in rows]
-    low, high = ([abs(row["recognized"] - row[end]) for row in rows] for end in ("low", "high"))
-    left.errorbar(scales, [row["recognized"] for row in rows], yerr=[low, high], marker="o")
-    right.errorbar(scales, [row["kid"] for row in rows], yerr=[row["kid_error"] for row in rows], marker="o")
+    for place, column in ((left, "recognized"), (right, "kid")):
+        place.errorbar(scales, [row[column] for row in rows], yerr=errors(rows, column), marker="o")
     left.set(xlabel="guidance scale", ylabel="share of recognized samples")
     right.set(xlabel="guidance scale", ylabel="KID x 1000")
     plot.save(figure, path)

@@ -2,9 +2,9 @@
 
     python studies/sizes.py                                     # 50 minutes on two CPU cores
 
-All have adaLN-Zero and one learning rate. In pixels a token has p x p x 3 numbers and cannot return more of them than
-the width, so patch size 8 (192 numbers) is left to the widest model. Rows go to docs/studies/sizes.csv, the picture to
-docs/studies/sizes.png.
+All have adaLN-Zero and one learning rate. In pixels a token has p x p x 3 numbers, and it cannot return more of them
+than its width: patch size 8 (192 numbers) is left to a shallow model of width 384. Rows go to docs/studies/sizes.csv,
+the picture to docs/studies/sizes.png.
 """
 import sys
 from pathlib import Path
@@ -20,9 +20,10 @@ SIZES = {
     "S": dict(depth=2, hidden_size=64, num_heads=2),
     "M": dict(depth=4, hidden_size=128, num_heads=4),
     "L": dict(depth=6, hidden_size=192, num_heads=6),
+    "W": dict(depth=2, hidden_size=384, num_heads=6),
 }
-PATCHES = {"S": [4, 2], "M": [4, 2], "L": [8, 4]}
-COLOURS = dict(zip(SIZES, ["tab:blue", "tab:orange", "tab:green"], strict=True))
+PATCHES = {"S": [4, 2], "M": [4, 2], "L": [4], "W": [8]}
+COLOURS = dict(zip(SIZES, ["tab:blue", "tab:orange", "tab:green", "tab:red"], strict=True))
 MARKERS = {8: "s", 4: "o", 2: "^"}
 
 
@@ -31,9 +32,9 @@ def runs(seeds):
             for seed in seeds for size in SIZES for patch_size in PATCHES[size]]
 
 
-def exaflops(row, batch_size=32):
-    """Training compute so far: three forward passes a step, two flops a multiply-add."""
-    return 3 * 2 * row["mmacs"] * batch_size * row["step"] / 1e12
+def compute(row, batch_size=32):
+    """Training compute so far in 10^12 multiply-adds, as the paper counts: three forward passes a step."""
+    return 3 * row["mmacs"] * batch_size * row["step"] / 1e6
 
 
 def draw(groups, path):
@@ -44,10 +45,10 @@ def draw(groups, path):
             label = None if number else f"{size}/{patch_size}"
             for place, measure in ((left, "mmacs"), (middle, "parameters")):
                 place.loglog([seed[-1][measure]], [seed[-1]["mse"]], ls="", label=label, **look)
-            right.loglog([exaflops(row) for row in seed], [row["mse"] for row in seed], lw=1, **look)
+            right.loglog([compute(row) for row in seed], [row["mse"] for row in seed], lw=1, **look)
     left.set(xlabel="million multiply-adds a forward pass", ylabel="eps-mse on unseen images")
     middle.set(xlabel="parameters")
-    right.set(xlabel="training compute, exaflops")
+    right.set(xlabel="training compute, 10^12 multiply-adds")
     left.legend()
     plot.save(figure, path)
 
@@ -58,10 +59,11 @@ def main(argv):
     groups = lab.grouped(rows, "size", "patch_size")
     lab.report("eps-mse", {(f"{size}/{patch_size}",): some for (size, patch_size), some in groups.items()},
                errors=lab.per_image("sizes", args))
-    ends = [row for row in rows if row["step"] == args.steps]
-    for measure in ("mmacs", "parameters"):
-        r = np.corrcoef(np.log([row[measure] for row in ends]), np.log([row["mse"] for row in ends]))[0, 1]
-        print(f"correlation of log {measure} and log eps-mse: {r:.2f}")
+    ends = [lab.last(some) for some in groups.values()]
+    losses = [np.mean([row["mse"] for row in some]) for some in ends]
+    for size in ("mmacs", "parameters"):
+        r = np.corrcoef(np.log([some[0][size] for some in ends]), np.log(losses))[0, 1]
+        print(f"correlation of log {size} and log eps-mse, of {len(ends)} models: {r:.2f}")
     draw(groups, f"{args.docs}/sizes.png")
 
 

@@ -2,6 +2,7 @@
 import csv
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT, refusal
 from PIL import Image
 
+import sample
 import train
 from dit import AdaLNBlock, DiT
 
@@ -16,6 +18,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 import averages  # noqa: E402
 import lab  # noqa: E402
 import plot  # noqa: E402
+import samples  # noqa: E402
 import zero_start  # noqa: E402
 
 
@@ -85,16 +88,49 @@ def test_the_averages_by_hand(run):
     assert (bias - 1).abs().max() < 0.01                            # the average starts where the weights do
 
 
+def test_the_best_rate_and_the_common_one_are_repeated(monkeypatch):
+    asked, best = [], dict(a=4e-3, b=lab.COMMON)
+
+    def study(name, runs, args):
+        asked.append([(run["block"], run["lr"], run["seed"]) for run in runs])
+        return [run | dict(step=step, mse=abs(run["lr"] - best[run["block"]]) / step)
+                for run in runs for step in (1, 2)]
+
+    monkeypatch.setattr(lab, "study", study)
+    at_best, common, _ = lab.sweep("x", [dict(block="a"), dict(block="b")], SimpleNamespace(steps=2, seeds=2))
+    assert sorted(asked[1]) == [("a", lab.COMMON, 1), ("a", 4e-3, 1), ("b", lab.COMMON, 1)]
+    assert {(row["lr"], row["mse"]) for row in at_best["a",]} == {(4e-3, 0)} and len(common["a",]) == 4
+
+
+def test_a_table_keeps_what_it_is_given(tmp_path):
+    rows = [dict(start="gamma, beta at 0", lr=1e-05, seed=2, mse=float("inf")),
+            dict(start="none", lr=0.1, seed=3, mse=0.1)]
+    lab.Table(tmp_path / "t.csv").add(rows, dict(start="other"))
+    assert lab.Table(tmp_path / "t.csv").rows == rows
+    lab.Table(tmp_path / "t.csv").add([rows[0] | dict(mse=1.5)], dict(seed=2))
+    assert [row["mse"] for row in lab.Table(tmp_path / "t.csv").rows] == [0.1, 1.5]
+
+
+def test_rows_of_other_settings_are_not_mixed(tmp_path):
+    lab.Table(tmp_path / "x.csv").add([dict(lr=1.0, step=3, steps=3, images=8, data="shapes")], {})
+    args = SimpleNamespace(docs=tmp_path, out=tmp_path, steps=3, images=16, processes=1)
+    with pytest.raises(train.UserError, match="name another --docs"):
+        lab.study("x", [dict(lr=1.0)], args)
+
+
 def test_a_claim_needs_all_seeds_and_twice_their_range(capsys):
     def rows(*losses):
         return [dict(seed=seed, lr=1.0, step=1, mse=loss) for seed, loss in enumerate(losses)]
 
-    groups = {("a",): rows(1.0, 1.1), ("b",): rows(1.3, 1.4), ("c",): rows(1.1, 1.4), ("d",): rows(1.2, 1.21)}
-    lab.report("title", groups, errors={"seed=0,lr=1.0,step=1,mse=1.0": np.array([0.5, 1.5])} | {
-        f"seed={seed},lr=1.0,step=1,mse={loss}": np.array([loss] * 2)
-        for seed, loss in [(1, 1.1), (0, 1.3), (1, 1.4)]})
-    said = capsys.readouterr().out                              # over two images the gap is 0.3 +- 0.25 in the mean
-    assert "a is better than b by 0.30000 +- 0.25000, 22%" in said and said.count("better") == 1
+    groups = {("a",): rows(1.0, 1.1, 1.05), ("b",): rows(1.3, 1.4, 1.35), ("c",): rows(1.1, 1.4, 1.2),
+              ("d",): rows(1.15, 1.24, 1.2)}
+    errors = {lab.key(row): np.array([row["mse"]] * 2) for rows in groups.values() for row in rows}
+    errors["seed=0,lr=1.0,step=1,mse=1.0"] += [-0.6, 0.6]       # so the gap's mean over the seeds is 0.5 and 0.1
+    lab.report("title", groups, errors=errors)
+    said = capsys.readouterr().out
+    assert "a is better than b by 0.30000 +- 0.20000, 22%" in said and said.count("better") == 1
+    lab.report("title", {kind: rows[:2] for kind, rows in groups.items()})
+    assert "better" not in capsys.readouterr().out                  # two seeds are too few
 
 
 def test_logs_are_smoothed_and_paired(run, tmp_path, capsys):
@@ -111,13 +147,37 @@ def test_logs_are_smoothed_and_paired(run, tmp_path, capsys):
     assert "is no run" in refusal(plot.main, tmp_path)
 
 
+def test_samples_are_scored_and_drawn(tmp_path, monkeypatch):
+    """The judge here only sees that the images are those of sample.py; parts of 250 do not change them."""
+    pytest.importorskip("matplotlib")
+    seen = []
+
+    class Judge:
+        def score(self, images, labels):
+            seen.append(images)
+            return dict(recognized=0.5, low=0.4, high=0.7, kid=-1.0, kid_error=2.0)
+
+    monkeypatch.setattr(samples, "trained_judge", Judge)
+    about = dict(model="W/8", mmacs=2.0, sampler="ddim", steps=2, cfg_scale=1.5)
+    row = samples.score(about, ROOT / "docs" / "shapes.pt", 260)
+    model, _ = sample.load_model(ROOT / "docs" / "shapes.pt")
+    whole = sample.sample_images(model, torch.arange(260) % 10, steps=2, sampler="ddim", cfg_scale=1.5)
+    assert (seen[0].int() - sample.to_uint8(whole).int()).abs().max() <= 1 and row["kid"] == -1 and row["steps"] == 2
+    np.testing.assert_allclose(samples.errors([row], "recognized"), [[0.1], [0.2]])
+    for draw in (samples.draw_steps, samples.draw_guidance):
+        draw([row, row | dict(steps=4, cfg_scale=2.0)], tmp_path / "x.png")
+        assert Image.open(tmp_path / "x.png").width > 1000
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script,last", [("designs", 4), ("zero_start", 5), ("averages", 4), ("sizes", 6)])
+@pytest.mark.parametrize("script,last", [("designs", 4), ("zero_start", 5), ("averages", 4), ("sizes", 6),
+                                         ("reference", 1)])
 def test_a_study_runs_and_is_not_repeated(script, last, tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, ROOT / "studies" / f"{script}.py", "--steps", "2", "--seeds", "1", "--images", "4"]
+    command = [sys.executable, ROOT / "studies" / f"{script}.py", "--steps", "2", "--seeds", "1", "--images", "4",
+               "--docs", tmp_path]
     first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    with open(tmp_path / "docs" / "studies" / f"{script}.csv") as file:
+    with open(tmp_path / f"{'shapes' if script == 'reference' else script}.csv") as file:
         rows = list(csv.DictReader(file))
     kinds = last * (len(lab.RATES) if script in ("designs", "zero_start") else 1)
     assert len(rows) == kinds and {row["step"] for row in rows} == {"2"}
