@@ -87,6 +87,7 @@ def test_q_sample_is_the_noising_of_one_step_repeated():
     of_noise = GaussianDiffusion().q_sample(ZERO, TIMES, one)
     assert_close(of_x_0.flatten(), factors, 1e-6, 0)
     assert_close(of_noise.flatten() ** 2, variances, 1e-6, 1e-7)                  # 1 - alphas_cumprod, rounded at 1
+    assert (of_noise > 0).all()
     assert (one == 1).all()                                                       # nothing was changed in place
 
 
@@ -128,9 +129,10 @@ def test_true_noise_predicts_the_true_x0_and_mean():
     x_0 = torch.rand_like(noise) * 2 - 1
     x_t = diffusion.q_sample(x_0, t, noise)
     out = diffusion.p_mean_variance(torch.cat([noise, noise], dim=1), x_t, t)
+    log_variance = ((1 + noise) * BETAS[t].log() + (1 - noise) * POSTERIOR[t].log()) / 2
+    assert_close(out["log_variance"], log_variance, 1e-5)
     assert_close(out["pred_xstart"], x_0, 2e-4)                                   # at t = 999 errors grow by 157
-    mean, _, _ = diffusion.q_posterior_mean_variance(x_0, x_t, t)
-    assert_close(out["mean"], mean, 1e-5)
+    assert_close(out["mean"], diffusion.q_posterior_mean_variance(x_0, x_t, t)[0], 1e-5)
 
 
 def test_clip_denoised_clamps_x0_and_the_mean_made_of_it():
@@ -199,7 +201,7 @@ def test_bound_term_is_a_kl_and_at_t0_the_likelihood():
     x_t = diffusion.q_sample(x_0, t, noise)
     for clip in (math.inf, 1):
         _, expected = loss_by_hand(t, x_0, noise, *output.chunk(2, dim=1), clip=clip)
-        assert_close(diffusion._vb_terms_bpd(output, x_0, x_t, t, clip_denoised=clip == 1), expected, **KL)
+        assert_close(diffusion._vb_terms_bpd(output.float(), x_0.float(), x_t.float(), t, clip == 1), expected, **KL)
 
 
 def test_training_loss_is_mse_plus_the_bound_term():
@@ -301,17 +303,17 @@ def test_respacing_keeps_alphas_cumprod_and_recomputes_betas():
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_samplers_visit_the_original_timesteps_downwards(loop):
     """Each step is one of `progress`, calls the network, and tells on_step the predicted x_0, clipped if asked to."""
-    events = []
+    events, states = [], []
 
     def model(x, t, y):
         assert y == "label"
         events.append(t.tolist())
+        states.append(x)
         return torch.zeros(2, 6, 4, 4)
 
-    getattr(GaussianDiffusion().respaced(10), loop)(
-        model, torch.randn(2, 3, 4, 4), y="label", clip_denoised=True,
+    getattr(GaussianDiffusion().respaced(10), loop)(model, torch.randn(2, 3, 4, 4), y="label", clip_denoised=True,
         progress=lambda steps: (events.append(i) or i for i in steps),
-        on_step=lambda i, x, x_0: events.append((i, x_0.abs().max() <= 1)))
+        on_step=lambda i, x, x_0: events.append((i, torch.equal(x, states[-1]) and x_0.abs().max() <= 1)))
     assert events == [event for i in range(9, -1, -1) for event in (i, [111 * i] * 2, (i, True))]
 
 
@@ -526,7 +528,7 @@ def naive_decoder(name, layer, x, c):
 
 def test_attention_is_softmax_attention_in_each_head():
     attn, x = exact(dit.Attention(32, 4)), randn64(2, 5, 32)
-    assert_close(attn(x), naive_self_attention(x, attn), 1e-10)
+    assert_close(attn(x), naive_self_attention(x, attn), 1e-6)                    # a softmax in float32 is right, too
 
 
 def test_cross_attention_asks_the_condition():
@@ -599,8 +601,9 @@ def test_weights_are_initialized_as_documented():
             bound = math.sqrt(6 / (p.shape[0] + p[0].numel()))                    # the convolution as a linear layer
             assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
             assert p.abs().max() <= bound, name
-    modulation = new_dit("adaln").blocks[0].adaLN_modulation[1].weight
-    assert modulation.std().item() == pytest.approx(math.sqrt(2 / (32 + 128)), rel=0.1)
+    model = new_dit("adaln")
+    for module, out in ((model.blocks[0], 128), (model.final_layer, 64)):
+        assert module.adaLN_modulation[1].weight.std().item() == pytest.approx(math.sqrt(2 / (32 + out)), rel=0.1)
 
 
 def test_zero_init_learns():
@@ -614,9 +617,8 @@ def test_zero_init_learns():
         for p in model.parameters():
             p.data -= 0.1 * p.grad
     assert learning[0] == {"final_layer.linear.weight", "final_layer.linear.bias"}
-    assert {"x_embedder.proj.weight", "final_layer.adaLN_modulation.1.bias"} <= learning[1]
-    assert "blocks.0.adaLN_modulation.1.weight" in learning[1]
-    assert "blocks.0.attn.qkv.weight" not in learning[1]
+    second = {"x_embedder.proj.weight", "final_layer.adaLN_modulation.1.bias", "blocks.0.adaLN_modulation.1.weight"}
+    assert second <= learning[1] and "blocks.0.attn.qkv.weight" not in learning[1]
     assert learning[2] == set(dict(model.named_parameters()))
 
 
@@ -667,6 +669,7 @@ def test_guidance_extrapolates_eps_and_nothing_else(scale, cfg_channels, guided)
     eps = (uncond + scale * (cond - uncond))[:, :guided]
     expected = torch.cat([eps, cond[:, guided:]], dim=1)
     assert_close(model.forward_with_cfg(x, t, y, scale, cfg_channels), expected, 1e-4)    # errors grow by 7
+    assert y.tolist() == [0, 4, 2]
 
 
 # Tables 1 and 4, the official checkpoints, diffusers ------------------------------------------------------------------
@@ -703,8 +706,7 @@ def test_names_and_shapes_are_the_official_checkpoints():
     """The 292 tensors of DiT-XL-2-256x256.pt, written out from its layout."""
     D = 1152
     layers = {
-        "x_embedder.proj": (D, 4, 2, 2),
-        "t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D),
+        "x_embedder.proj": (D, 4, 2, 2), "t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D),
         "final_layer.linear": (32, D), "final_layer.adaLN_modulation.1": (2 * D, D)}
     for i in range(28):
         layers |= {
@@ -798,10 +800,8 @@ def test_t_drops_flips_and_noise_have_the_papers_distributions():
     assert t.min() == 0 and t.max() == 999
     assert len(noise.flatten(1).unique(dim=0)) == n
     for values, mean, std in [
-            (t, 499.5, 288.7),
-            (drop, 0.1, 0.3), (drop[flip], 0.1, 0.3), (drop[t < 500], 0.1, 0.3),
-            (flip, 0.5, 0.5), (flip[t < 500], 0.5, 0.5),
-            (noise, 0, 1), (noise.abs() < 1, 0.6827, 0.4654)]:
+            (t, 499.5, 288.7), (drop, 0.1, 0.3), (drop[flip], 0.1, 0.3), (drop[t < 500], 0.1, 0.3),
+            (flip, 0.5, 0.5), (flip[t < 500], 0.5, 0.5), (noise, 0, 1), (noise.abs() < 1, 0.6827, 0.4654)]:
         assert abs(values.double().mean() - mean) < 5 * std / math.sqrt(values.numel())
     assert (draw(1, images, batch_size=100, flip=False)[0][..., 0] == 1).all()
 

@@ -56,18 +56,19 @@ CORE = {
         "dropped_labels model_is_embed[adaln-zero zero_init_learns"),
     "attention": Unit("Sec. 3.2", 7, 25, "Attention.forward+2", "attention_is_softmax"),
     "mlp_modulate": Unit("Sec. 3.2", 3, 10, "Mlp.forward modulate", "mlp_has modulate"),
-    "adaln": Unit("Sec. 3.2, Figure 3", 4, 15, "AdaLNBlock.condition AdaLNBlock.forward+1", "block_is[adaln]"),
+    "adaln": Unit("Sec. 3.2, Figure 3", 4, 15, "AdaLNBlock.condition AdaLNBlock.forward+1",
+        "block_is[adaln] model_is_embed[adaln]"),
     "adaln_zero": Unit("Sec. 3.2, Figure 3", 7, 20, "AdaLNZeroBlock.condition AdaLNZeroBlock.forward+1",
-        "block_is[adaln-zero only_adaln_zero_blocks[adaln-zero"),
+        "block_is[adaln-zero model_is_embed[adaln-zero"),
     "initialize": Unit("Sec. 4", 7, 25, "DiT.initialize_weights",
-        "weights_are_initialized output_is_zero only_adaln_zero_blocks zero_init_learns"),
+        "weights_are_initialized output_is_zero[adaln-zero only_adaln_zero_blocks[adaln-zero zero_init_learns"),
     "unpatchify": Unit("Sec. 3.2", 6, 20, "DiT.unpatchify", "unpatchify"),
     "guidance": Unit("Sec. 3.1, CFG Eq. 6", 6, 20, "DiT.forward_with_cfg+2", "guidance"),
 }
 EXTRA = {
     "likelihood": Unit("Sec. 3.1, DDPM Eq. 13", 6, 25, "discretized_gaussian_log_likelihood", "discretized",
         "No bin is impossible: clamp its mass at 1e-12."),
-    "space_timesteps": Unit("Sec. 4", 2, 10, "space_timesteps+1", "space_timesteps"),
+    "space_timesteps": Unit("Sec. 4", 2, 10, "space_timesteps+1", "space_timesteps respacing"),
     "tables": Unit("Sec. 3.1, DDPM Eq. 4 to 7 and 15", 7, 30, "GaussianDiffusion._tabulate",
         "schedule q_sample posterior variance_is true_noise respacing exact_denoiser",
         "The other methods use the tables by name, and _alphas_cumprod in float64. At t = 0 log variances, the fixed "
@@ -79,9 +80,9 @@ EXTRA = {
         "samplers_visit[ddim noise_is_added[ddim exact_denoiser[ddim ddim_step"),
     "cross_attention": Unit("Sec. 3.2", 5, 15, "CrossAttention.forward+3", "cross_attention"),
     "in_context": Unit("Sec. 3.2, Figure 3", 4, 15, "InContextBlock.condition InContextBlock.forward",
-        "block_is[in-context"),
+        "block_is[in-context model_is_embed[in-context"),
     "cross_attention_block": Unit("Sec. 3.2, Figure 3", 4, 10,
-        "CrossAttentionBlock.condition CrossAttentionBlock.forward", "block_is[cross-attention"),
+        "CrossAttentionBlock.condition CrossAttentionBlock.forward", "block_is[cross-attention model_is_embed[cross"),
     "decoder": Unit("Sec. 3.2", 3, 10, "PlainFinalLayer.forward FinalLayer.forward+1", "decoder"),
     "forward": Unit("Sec. 3.2, Figure 3", 5, 20, "DiT.forward+1", "model_is_embed"),
 }
@@ -211,7 +212,8 @@ def code_of(tree, unit):
             raise Ungradable(f"syntax error in {tree.broken[dotted]}")
         if not isinstance(node, ast.FunctionDef):
             raise Ungradable(f"there is no function {dotted}" + (f" ({tree.broken['']})" if tree.broken else ""))
-        node.decorator_list = []                                    # the reference's stay
+        theirs = {ast.unparse(word) for word in find(parsed(REFERENCE), dotted)[-1].decorator_list}
+        node.decorator_list = [word for word in node.decorator_list if ast.unparse(word) not in theirs]
         code.append((dotted.rpartition(".")[0], node))
     others = [(owner, node, names(node, BINDS) - (vars(getattr(dit, owner)) if owner else OWN).keys())
               for owner in {"", *(owner for owner, _ in code)} for outer in find(tree, owner) for node in outer.body]
@@ -219,7 +221,7 @@ def code_of(tree, unit):
     while new:
         read, members = (set().union(*(names(node, what) for _, node in code)) for what in (READS, MEMBERS))
         new = [(owner, node) for owner, node, bound in others
-               if bound & (members if owner else read) and (owner, node) not in code]
+               if bound & (members | read if owner else read) and (owner, node) not in code]
         code = code + new
     return sorted(code, key=lambda part: part[1].lineno)
 
@@ -230,23 +232,29 @@ def graft(code, unit, path="dit.py"):
     The function objects stay, and with them every reference and decorator; they call the new ones, which see dit's
     names and, before its imports, the student's own.
     """
-    seen, dit.grafted = dict(vars(dit)), {}
+    seen, dit.grafted, taken = dict(vars(dit)), {}, {owner: {*vars(getattr(dit, owner))} for owner, _ in code if owner}
     for owner, node in code:
-        exec(compiled(node, path, owner), seen, made := {} if owner else seen)
-        holder, made = (getattr(dit, owner), dict(vars(made[owner]))) if owner else (dit, made)
+        holder, made = (getattr(dit, owner), {}) if owner else (dit, seen)
+        inner = {name: value for name, value in vars(holder).items() if owner and name not in seen}
+        seen |= inner                                               # the body of a class sees the class's own names
+        exec(compiled(node, path, owner), seen, made)
+        for name in inner:
+            del seen[name]
+        made = dict(vars(made[owner])) if owner else made
         dotted = f"{owner}.{getattr(node, 'name', '')}".strip(".")
         if dotted in dict(functions(unit)):
             old, new = inspect.unwrap(getattr(holder, node.name)), made[node.name]
-            new.__annotations__ = {}
+            inspect.unwrap(new).__annotations__ = {}
             if inspect.signature(new) != inspect.signature(old):
                 raise Ungradable(f"the parameters of {dotted} have to stay {inspect.signature(old)}, not "
                                  f"{inspect.signature(new)}")
             old.__code__ = eval(f"lambda *args, **kwargs: grafted[{dotted!r}](*args, **kwargs)").__code__
             old.__defaults__, old.__kwdefaults__, dit.grafted[dotted] = None, None, new
         for name, value in made.items() if owner else ():
-            for cell in getattr(getattr(value, "__func__", value), "__closure__", None) or ():
-                cell.cell_contents = holder                         # of a super() without arguments
-            if name not in vars(holder) and name not in ("__dict__", "__weakref__"):
+            function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+            if "__class__" in (free := getattr(getattr(function, "__code__", None), "co_freevars", ())):
+                function.__closure__[free.index("__class__")].cell_contents = holder        # of super()
+            if name not in taken[owner] and name not in ("__dict__", "__weakref__"):
                 setattr(holder, name, value)
         seen |= OWN                                                 # what the reference defines, it keeps
 

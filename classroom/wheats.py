@@ -6,6 +6,9 @@ WHEATS = [
     ("p_mean_variance", "self.sqrt_recip_alphas_cumprod, t) *", "self.alphas_cumprod, t) ** -0.5 *"),
     ("p_mean_variance", "frac * self._gather(self.log_betas, t)",
      "torch.lerp(torch.zeros_like(self._gather(self.betas, t)), self._gather(self.log_betas, t), frac)"),
+    ("vb", "torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1))",
+     "torch.zeros(len(t)).masked_scatter(t == 0, nll[t == 0].flatten(1).mean(1)).masked_scatter(t > 0, "
+     "kl[t > 0].flatten(1).mean(1))"),
     ("training_losses", "((noise - eps) ** 2).flatten(1)", 'F.mse_loss(eps, noise, reduction="none").flatten(1)'),
     ("p_sample_loop", 'torch.exp(0.5 * out["log_variance"])', 'out["variance"].sqrt()'),
     ("p_sample_loop", "randn(x_t) * (t > 0)[:, None, None, None]", "randn(x_t) if i > 0 else 0"),
@@ -14,6 +17,8 @@ WHEATS = [
     ("timestep_embedding", "torch.exp(-math.log(max_period) *", "torch.pow(max_period, -1.0 *"),
     ("label_embedder", "torch.where(drop, self.num_classes, y)", "y.masked_fill(drop, self.num_classes)"),
     ("attention", "F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT / k.shape[-1] ** 0.5).softmax(-1) @ v"),
+    ("attention", "F.scaled_dot_product_attention(q, k, v)",        # as ADM writes it
+     "(q @ k.mT / k.shape[-1] ** 0.5).float().softmax(-1).type(v.dtype) @ v"),
     ("mlp_modulate", "x * (1 + scale[:, None]) + shift[:, None]", "x + scale.unsqueeze(1) * x + shift.unsqueeze(1)"),
     ("cross_attention_block", "[t, y]", "[y, t]"),                  # attention ignores the order of what it attends to
     ("in_context", "t[:, None], y[:, None]", "y[:, None], t[:, None]"),           # so does self-attention
