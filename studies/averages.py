@@ -24,7 +24,7 @@ KINDS = [
 
 
 def alter(training, runtime, run):
-    """A constant decay, in place of the one that train_step hands over."""
+    """Let the decay be constant: train_step's warms up."""
     if run["average"] == "constant":
         update_ema = runtime.update_ema
         runtime.update_ema = lambda ema, parameters, decay: update_ema(ema, parameters, run["ema_decay"])

@@ -159,7 +159,7 @@ class HeldOut:
 
 
 def gathered(rt, part, n):
-    """The n rows of all processes, of which this one has rt.share(n)."""
+    """The n rows of all processes. This one computed rt.share(n)."""
     whole = part.new_zeros(n, *part.shape[1:])
     whole[rt.share(n)] = part
     if rt.world > 1:
