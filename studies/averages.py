@@ -1,6 +1,6 @@
 """Sec. 4: the average of the weights (EMA), with a decay that warms up, with a constant one, and without.
 
-    python studies/averages.py                                  # 20 minutes on two CPU cores
+    python studies/averages.py                                  # three seeds
 
 The paper averages with a decay of 0.9999 from the first step on. After n steps, 0.9999^n of such an average is still
 the initial weights. The runs of one seed train the same weights; they differ in the average alone. Rows go to
@@ -33,9 +33,7 @@ def alter(training, runtime, run):
 def draw(groups, path):
     figure, (place,) = plot.axes(1)
     for number, (name, rows) in enumerate(groups.items()):
-        for k, seed in enumerate(lab.grouped(rows, "seed").values()):
-            place.loglog([row["step"] for row in seed], [row["mse"] for row in seed], color=f"C{number}", lw=1,
-                         label=None if k else " ".join(name))
+        plot.seeds(place, rows, " ".join(name), f"C{number}")
     place.set(xlabel="step", ylabel="eps-mse of the averaged weights on unseen images")
     place.legend()
     plot.save(figure, path)

@@ -21,10 +21,8 @@ def draw(best, common, rows, path):
     """Validation over training, of each design at its best rate; and the end of training, over the rate."""
     figure, (left, middle, right) = plot.axes(3)
     for (block,), colour in zip(best, plot.COLOURS.values(), strict=True):
-        for place, some in ((left, best), (middle, common)):
-            for number, seed in enumerate(lab.grouped(some[block,], "seed").values()):
-                steps, losses = zip(*((row["step"], row["mse"]) for row in seed), strict=True)
-                place.loglog(steps, losses, color=colour, lw=1, label=None if number else block)
+        steps = plot.seeds(left, best[block,], block, colour)
+        plot.seeds(middle, common[block,], block, colour)
         ends = sorted((row["lr"], row["mse"], row["seed"]) for row in rows[block,] if row["step"] == steps[-1])
         right.loglog(*zip(*((lr, loss) for lr, loss, seed in ends if seed == 0), strict=True), color=colour)
         right.loglog(*zip(*((lr, loss) for lr, loss, seed in ends), strict=True), "o", ms=4, color=colour)

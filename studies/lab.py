@@ -131,21 +131,20 @@ def train_run(run, settings, alter, path, validation):
     return rows, found["mse"].mean(1).numpy().astype(np.float32)
 
 
-def study(name, runs, args, alter=None, settings=None, validation=None, keep=False):
+def study(name, runs, args, alter=None, settings=None, keep=False):
     """Train what is not trained yet; return the rows of these runs. keep: their checkpoints are needed, too."""
     settings = vars(train.Config(**train.PRESETS["shapes"])) | dict(
         batch_size=32, lr_decay_steps=0, device="cpu") | (settings or {}) | dict(steps=args.steps)
     lock = train.hold(SimpleNamespace(out=f"{args.out}/{name}"))    # noqa: F841  (held until the end)
-    table, made = Table(f"{args.docs}/{name}.csv"), dict(
-        steps=args.steps, images=args.images, data=Path(settings["data"]).name)
+    table = Table(f"{args.docs}/{name}.csv")
+    made = dict(steps=args.steps, images=args.images, data=settings["data"])
     if any(not made.items() <= row.items() for row in table.rows):
         raise sample.UserError(f"{table.path} has rows of other --steps, --images or --data: name another --docs")
     left = [run for run in runs if not table.of(run) or keep and not checkpoint(name, run, args).exists()]
     if left:
         plot.axes(1)                                                # refuses before the work if it cannot draw
-    if left and validation is None:
-        images, labels = measure.unseen_shapes(args.images)
-        validation = images / 127.5 - 1, labels
+    images, labels = measure.unseen_shapes(args.images)
+    validation = images / 127.5 - 1, labels
     jobs = [(run, settings, alter, checkpoint(name, run, args), validation) for run in left]
     for (run, *_), (rows, errors) in side_by_side(train_run, jobs, args.processes, name):
         if table.of(run):                                           # only its checkpoint was missing

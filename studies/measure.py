@@ -1,6 +1,6 @@
 """Measure checkpoints, all on the same images, timesteps and noise: losses, likelihood, samples.
 
-    python studies/measure.py runs/shapes                       # two minutes on one core
+    python studies/measure.py runs/shapes                       # losses, likelihood, samples
     python studies/measure.py runs/a runs/b --samples 0         # also the second's difference to the first
     python studies/measure.py runs/cifar10 --data test          # held-out pictures, one folder per class
     torchrun --nproc_per_node=8 studies/measure.py runs/cifar10 --data test --images 10000 --samples 5000
@@ -178,10 +178,6 @@ def with_error(values):
 
 # Reference values -----------------------------------------------------------------------------------------------------
 
-def read_rows(path):
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
 def verdict(info, losses):
     """Whether mse and vb of the first 512 unseen shapes lie where three seeds of the preset do, in words."""
     config, step = info["config"], info["step"]
@@ -196,7 +192,9 @@ def verdict(info, losses):
         return f"none for {', '.join(different)}: it is of the preset"
     if len(losses["mse"]) != REFERENCE_IMAGES:
         return f"none: it is of {REFERENCE_IMAGES} images"
-    rows = [row for row in read_rows(REFERENCE / "shapes.csv") if row["block"] == config["block"]]
+    path = REFERENCE / "shapes.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = [row for row in rows if row["block"] == config["block"]]
     steps = sorted({int(row["step"]) for row in rows})
     if step not in steps:
         return f"none for step {step} of {config['block']}: it is of {', '.join(map(str, steps)) or 'no step'}"

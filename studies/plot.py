@@ -21,7 +21,7 @@ COLOURS = {"in-context": "tab:orange", "cross-attention": "tab:green", "adaln": 
 PAIRED = "seed", "batch_size", "label_drop", "data", "image_size", "vae", "flip"        # what batches are drawn by
 
 
-def axes(columns, title=None):
+def axes(columns):
     """(figure, axes side by side)."""
     with explaining("pictures need matplotlib", "pip install -e '.[eval]'", ImportError):
         import matplotlib
@@ -31,8 +31,16 @@ def axes(columns, title=None):
     figure, places = plt.subplots(1, columns, figsize=(5.2 * columns, 4), layout="constrained", squeeze=False)
     for place in places[0]:
         place.grid(alpha=0.3, which="both")
-    figure.suptitle(title)
     return figure, places[0]
+
+
+def seeds(place, rows, label, colour):
+    """The validation loss over training, a line for each seed."""
+    for seed in sorted({row["seed"] for row in rows}):
+        steps, losses = zip(*((row["step"], row["mse"]) for row in rows if row["seed"] == seed), strict=True)
+        place.loglog(steps, losses, color=colour, lw=1, label=label)
+        label = None                                                # the legend names them once
+    return steps
 
 
 def ticks(axis, values):

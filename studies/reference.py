@@ -1,6 +1,6 @@
 """Make docs/reference/shapes.csv: the losses of a right run on the images of measure.py, after some steps.
 
-    python studies/reference.py                                 # three seeds of the preset: 15 minutes
+    python studies/reference.py                                 # three seeds of the preset
     python studies/reference.py --block adaln                   # the rows of another design
 """
 import lab

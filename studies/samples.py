@@ -1,6 +1,6 @@
 """Figures 7 and 10, and guidance: what the models of sizes.py draw.
 
-    python studies/samples.py                                   # 40 minutes on two CPU cores
+    python studies/samples.py                                   # after sizes.py
 
 Figure 10: more sampling steps against a larger model, ddpm without guidance. Guidance: recognized samples and KID over
 the scale, 50 ddim steps of M/4. Figure 7: one noise, decoded by every size. The models are those of seed 0; they are

@@ -1,6 +1,6 @@
 """Figures 6 to 9: sizes and patch sizes. Loss against Gflops, against parameters, and against training compute.
 
-    python studies/sizes.py                                     # 50 minutes on two CPU cores
+    python studies/sizes.py                                     # three seeds
 
 All have adaLN-Zero and one learning rate. In pixels a token has p x p x 3 numbers, and it cannot return more of them
 than its width: patch size 8 (192 numbers) is left to a shallow model of width 384. Rows go to docs/studies/sizes.csv,

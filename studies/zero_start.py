@@ -1,6 +1,6 @@
 """Sec. 3.2, adaLN-Zero: what does starting at zero do by itself?
 
-    python studies/zero_start.py                                # after designs.py; an hour on two CPU cores
+    python studies/zero_start.py                                # after designs.py
 
 The paper gave a zero start to one design, together with gates. Here the other three get it too, and adaLN-Zero loses
 it. Rates and seeds are those of designs.py, whose rows are the comparison. Rows go to docs/studies/zero_start.csv, the
