@@ -16,26 +16,33 @@ import plot
 import sample
 from dit import DESIGNS
 
+LOSSES = [0.04, 0.05, 0.06, 0.08, 0.1]                              # marked in the picture
+
 
 def draw(best, common, rows, path):
     """Validation over training, of each design at its best rate; and the end of training, over the rate."""
     figure, (left, middle, right) = plot.axes(3)
-    for (block,), colour in zip(best, plot.COLOURS.values(), strict=True):
-        steps = plot.seeds(left, best[block,], block, colour)
-        plot.seeds(middle, common[block,], block, colour)
-        ends = sorted((row["lr"], row["mse"], row["seed"]) for row in rows[block,] if row["step"] == steps[-1])
-        right.loglog(*zip(*((lr, loss) for lr, loss, seed in ends if seed == 0), strict=True), color=colour)
-        right.loglog(*zip(*((lr, loss) for lr, loss, seed in ends), strict=True), "o", ms=4, color=colour)
     left.set(title="each at its best learning rate", xlabel="step", ylabel="eps-mse on unseen images")
     middle.set(title=f"all at {lab.COMMON:g}", xlabel="step")
     right.set(title="the end of training", xlabel="learning rate")
+    for (block,), some in rows.items():
+        colour = plot.COLOURS[block]
+        steps = plot.seeds(left, best[block,], block, colour)
+        plot.seeds(middle, common[block,], block, colour)
+
+        # all seeds are points; seed 0, which all rates have, is a line
+        ends = sorted(lab.last(some), key=lambda row: row["lr"])
+        rates, losses = [row["lr"] for row in ends], [row["mse"] for row in ends]
+        right.loglog(rates, losses, "o", ms=4, color=colour)
+        first = [row for row in ends if row["seed"] == 0]
+        right.loglog(lab.RATES, [row["mse"] for row in first], color=colour)
     left.legend()
     middle.sharey(left)
-    for place in (left, middle):
-        plot.ticks(place.xaxis, steps)
-        plot.ticks(place.yaxis, [0.04, 0.05, 0.06, 0.08, 0.1])
+    plot.ticks(left.xaxis, steps)
+    plot.ticks(middle.xaxis, steps)
     plot.ticks(right.xaxis, lab.RATES)
-    plot.ticks(right.yaxis, [0.04, 0.05, 0.06, 0.08, 0.1])
+    for place in (left, middle, right):
+        plot.ticks(place.yaxis, LOSSES)
     plot.save(figure, path)
 
 

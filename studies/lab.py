@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ import sample
 import train
 from dit import GaussianDiffusion
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 CHECKED = 100, 300, 600, 1000                                       # a run is validated after these steps, and the last
 RATES, COMMON = (1e-3, 2e-3, 4e-3, 8e-3), 2e-3                      # learning rates to choose from, and one for all
 
@@ -37,12 +39,13 @@ RATES, COMMON = (1e-3, 2e-3, 4e-3, 8e-3), 2e-3                      # learning r
 def parser(description, steps):
     """The flags of every study."""
     flags = sample.Parser(description=description.split("\n")[0])
-    flags.add_argument("--steps", type=sample.between(int, 1), default=steps, help=f"of each run ({steps})")
-    flags.add_argument("--seeds", type=sample.between(int, 1), default=3, help="runs of each kind (3)")
-    flags.add_argument("--processes", type=sample.between(int, 1), default=2, help="that train side by side (2)")
-    flags.add_argument("--images", type=sample.between(int, 1), default=512, help="to validate on (512)")
-    flags.add_argument("--docs", default="docs/studies", help="folder of the rows and pictures")
-    flags.add_argument("--out", default="runs/studies", help="folder of the checkpoints")
+    add, count = flags.add_argument, sample.between(int, 1)
+    add("--steps", type=count, default=steps, help=f"of each run ({steps})")
+    add("--seeds", type=count, default=3, help="runs of each kind (3)")
+    add("--processes", type=count, default=2, help="that train side by side (2)")
+    add("--images", type=count, default=512, help="to validate on (512)")
+    add("--docs", default=str(DOCS / "studies"), help="folder of the rows and pictures (docs/studies)")
+    add("--out", default="runs/studies", help="folder of the checkpoints (runs/studies)")
     return flags
 
 
@@ -60,11 +63,13 @@ class Table:
     """Rows in a file of comma-separated values, as dictionaries. Numbers are numbers."""
 
     def __init__(self, path):
-        self.path, self.rows = Path(path), []
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = []
         if self.path.exists():
             with open(path, newline="") as file:
-                self.rows = [{name: self.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+                for row in csv.DictReader(file):
+                    self.rows.append({name: self.number(text) for name, text in row.items()})
 
     @staticmethod
     def number(text):
@@ -79,7 +84,8 @@ class Table:
 
     def add(self, rows, about):
         """Put rows where the rows of `about` were, if there were any."""
-        self.rows = [row for row in self.rows if not about.items() <= row.items()] + rows
+        others = [row for row in self.rows if not about.items() <= row.items()]
+        self.rows = others + rows
         with sample.atomic_write(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -94,6 +100,9 @@ def side_by_side(work, jobs, processes, desc):
         try:
             for done in tqdm(as_completed(running), desc=desc, unit="run", total=len(jobs)):
                 yield running[done], done.result()
+        except BrokenProcessPool:
+            raise sample.UserError("one of the processes was killed, as a system does that has no memory left: "
+                                   "use --processes 1") from None
         except BaseException:                                       # Ctrl-C, too
             for process in multiprocessing.active_children():
                 process.terminate()                                 # or all that is queued would be done first
@@ -107,14 +116,18 @@ def train_run(run, settings, alter, path, validation):
     runtime = train.Runtime(cfg)
     source = train.open_source(cfg)
     images, labels = train.prepare_data(cfg, runtime, source, train.Pixels())
-    training, diffusion = train.Training(cfg, runtime, len(source.class_names)), GaussianDiffusion()
+    training = train.Training(cfg, runtime, len(source.class_names))
+    diffusion = GaussianDiffusion()
     if alter:
         alter(training, runtime, run)
         training.ema.load_state_dict(training.model.state_dict())
-    about = dict(run, parameters=sum(p.numel() for p in training.model.parameters()),
-                 mmacs=forward_flops(train.model_args(cfg, len(source.class_names))) / 2e6)
+    about = run | dict(
+        parameters=sum(p.numel() for p in training.model.parameters()),
+        mmacs=forward_flops(train.model_args(cfg, len(source.class_names))) / 2e6,
+    )
 
-    rows, began, validating = [], time.perf_counter(), 0.0
+    rows = []
+    began, validating = time.perf_counter(), 0.0
     for step, batch in train.batches(cfg, runtime, images, labels, 0):
         train.train_step(cfg, runtime, training, diffusion, batch, step)
         if step in CHECKED or step == cfg.steps:
@@ -124,17 +137,18 @@ def train_run(run, settings, alter, path, validation):
             seconds = round(time.perf_counter() - began - validating, 1)
             rows.append(about | dict(step=step, **measure.summary(found), seconds=seconds))
 
-    state = train.about_run(cfg, source, train.Pixels()) | train.to_cpu(training.state()) | dict(step=cfg.steps)
+    state = train.about_run(cfg, source, train.Pixels()) | train.to_cpu(training.state())
+    state |= dict(step=cfg.steps, opt={}, model={})                 # what sample.py needs: the averaged weights
     path.parent.mkdir(parents=True, exist_ok=True)
     with sample.atomic_write(path) as file:
-        torch.save(state | dict(opt={}, model={}), file)            # what sample.py needs: the averaged weights
+        torch.save(state, file)
     return rows, found["mse"].mean(1).numpy().astype(np.float32)
 
 
 def study(name, runs, args, alter=None, settings=None, keep=False):
     """Train what is not trained yet; return the rows of these runs. keep: their checkpoints are needed, too."""
-    settings = vars(train.Config(**train.PRESETS["shapes"])) | dict(
-        batch_size=32, lr_decay_steps=0, device="cpu") | (settings or {}) | dict(steps=args.steps)
+    preset = vars(train.Config(**train.PRESETS["shapes"]))
+    settings = preset | dict(batch_size=32, lr_decay_steps=0, device="cpu") | (settings or {}) | dict(steps=args.steps)
     lock = train.hold(SimpleNamespace(out=f"{args.out}/{name}"))    # noqa: F841  (held until the end)
     table = Table(f"{args.docs}/{name}.csv")
     made = dict(steps=args.steps, images=args.images, data=settings["data"])
@@ -168,19 +182,26 @@ def sweep(name, kinds, args, **how):
     the common rate, all), each {the kind's values: rows}.
     """
     at_seed_0 = study(name, [kind | dict(lr=lr, seed=0) for lr in RATES for kind in kinds], args, **how)
-    at_the_end = grouped([row for row in at_seed_0 if row["step"] == args.steps], *kinds[0])
-    best = {kind: min(rows, key=lambda row: np.nan_to_num(row["mse"], nan=np.inf))["lr"]             # nan: diverged
-            for kind, rows in at_the_end.items()}
-    again = [kind | dict(lr=lr, seed=seed) for seed in range(1, args.seeds) for kind in kinds
-             for lr in dict.fromkeys([best[tuple(kind.values())], COMMON])]
+    best = {}
+    for kind, rows in grouped(at_seed_0, *kinds[0]).items():
+        losses = {row["lr"]: row["mse"] for row in rows if row["step"] == args.steps}
+        best[kind] = min(losses, key=lambda lr: np.nan_to_num(losses[lr], nan=np.inf))               # nan: diverged
+
+    again = []
+    for seed in range(1, args.seeds):
+        for kind in kinds:
+            rates = dict.fromkeys([best[tuple(kind.values())], COMMON])
+            again += [kind | dict(lr=lr, seed=seed) for lr in rates]
     rows = grouped(at_seed_0 + study(name, again, args, **how), *kinds[0])
-    return ({kind: [row for row in some if row["lr"] == best[kind]] for kind, some in rows.items()},
-            {kind: [row for row in some if row["lr"] == COMMON] for kind, some in rows.items()}, rows)
+    at_best = {kind: [row for row in some if row["lr"] == best[kind]] for kind, some in rows.items()}
+    at_common = {kind: [row for row in some if row["lr"] == COMMON] for kind, some in rows.items()}
+    return at_best, at_common, rows
 
 
 def last(rows):
     """The rows after the last step, in the order of the seeds."""
-    return sorted((row for row in rows if row["step"] == max(row["step"] for row in rows)), key=lambda row: row["seed"])
+    end = max(row["step"] for row in rows)
+    return sorted((row for row in rows if row["step"] == end), key=lambda row: row["seed"])
 
 
 def grouped(rows, *columns):
@@ -202,14 +223,17 @@ def report(title, groups, column="mse", sign=1, errors=None):
     values = {kind: np.array([row[column] for row in rows]) for kind, rows in ends.items()}
     print(title)
     for kind, some in values.items():
-        print(f"  {' '.join(kind):36} lr {ends[kind][0]['lr']:<6g} " + "  ".join(f"{value:.5f}" for value in some))
+        seeds = "  ".join(f"{value:.5f}" for value in some)
+        print(f"  {' '.join(kind):36} lr {ends[kind][0]['lr']:<6g} {seeds}")
+
     for (better, ours), (worse, theirs) in itertools.permutations(values.items(), 2):
-        gaps = sign * (theirs - ours)
-        if len(gaps) > 2 and gaps.mean() > 2 * max(np.ptp(ours), np.ptp(theirs)):
-            error = ""
-            if errors:
-                pairs = zip(ends[better], ends[worse], strict=True)
-                images = np.mean([errors[key(other)] - errors[key(one)] for one, other in pairs], axis=0)
-                error = f" +- {images.std(ddof=1) / len(images) ** 0.5:.5f}"
-            print(f"  {' '.join(better)} is better than {' '.join(worse)} by {gaps.mean():.5f}{error}, "
-                  f"{gaps.mean() / abs(theirs.mean()):.0%}")
+        gap = sign * (theirs - ours).mean()
+        if len(ours) < 3 or not gap > 2 * max(np.ptp(ours), np.ptp(theirs)):
+            continue
+        error = ""
+        if errors:
+            pairs = zip(ends[better], ends[worse], strict=True)
+            images = np.mean([errors[key(other)] - errors[key(one)] for one, other in pairs], axis=0)
+            error = f" +- {measure.error(torch.from_numpy(images)):.5f}"
+        share = f"{gap / abs(theirs.mean()):.0%}"
+        print(f"  {' '.join(better)} is better than {' '.join(worse)} by {gap:.5f}{error}, {share}")

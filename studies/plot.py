@@ -37,7 +37,8 @@ def axes(columns):
 def seeds(place, rows, label, colour):
     """The validation loss over training, a line for each seed."""
     for seed in sorted({row["seed"] for row in rows}):
-        steps, losses = zip(*((row["step"], row["mse"]) for row in rows if row["seed"] == seed), strict=True)
+        some = [row for row in rows if row["seed"] == seed]
+        steps, losses = [row["step"] for row in some], [row["mse"] for row in some]
         place.loglog(steps, losses, color=colour, lw=1, label=label)
         label = None                                                # the legend names them once
     return steps
@@ -68,8 +69,11 @@ def read_log(folder, column):
 def smooth(values):
     """A running mean over a fifteenth of the points, narrower at both ends."""
     reach = len(values) // 30
-    return np.array([values[max(0, i - w):i + w + 1].mean() for i in range(len(values))
-                     for w in [min(reach, i, len(values) - 1 - i)]])
+    means = []
+    for i in range(len(values)):
+        w = min(reach, i, len(values) - 1 - i)
+        means.append(values[i - w:i + w + 1].mean())
+    return np.array(means)
 
 
 def paired(folders):

@@ -35,17 +35,21 @@ def trained_judge():
 def score(about, path, images):
     """The row of a model's samples: how many are recognized, and their KID."""
     model, _ = sample.load_model(path)
+    how = {name: about[name] for name in ("steps", "sampler", "cfg_scale")}
     labels = torch.arange(images) % 10
-    how = dict(steps=about["steps"], sampler=about["sampler"], cfg_scale=about["cfg_scale"])
-    parts = [sample.sample_images(model, labels[k:k + 250], range(k, images)[:250], **how)
-             for k in range(0, images, 250)]
-    return about | trained_judge().score(sample.to_uint8(torch.cat(parts)), labels)
+    parts = []
+    for k in range(0, images, 250):
+        some = slice(k, k + 250)
+        x = sample.sample_images(model, labels[some], range(images)[some], **how)
+        parts.append(sample.to_uint8(x))
+    return about | trained_judge().score(torch.cat(parts), labels)
 
 
 def scored(name, jobs, args):
     """The rows of these jobs, (about, path of the checkpoint)."""
     lock = train.hold(SimpleNamespace(out=f"{args.out}/{name}"))    # noqa: F841  (held until the end)
-    jobs = [(about | dict(samples=args.samples, trained=args.steps), path) for about, path in jobs]
+    made = dict(samples=args.samples, trained=args.steps)
+    jobs = [(about | made, path) for about, path in jobs]
     table = lab.Table(f"{args.docs}/{name}.csv")
     left = [(about, path, args.samples) for about, path in jobs if not table.of(about)]
     for (about, *_), row in lab.side_by_side(score, left, args.processes, name):
@@ -57,7 +61,9 @@ def errors(rows, column):
     """What errorbar takes: KID's standard error, or the ends of the share's interval."""
     if column == "kid":
         return [row["kid_error"] for row in rows]
-    return [[row["recognized"] - row["low"] for row in rows], [row["high"] - row["recognized"] for row in rows]]
+    below = [row["recognized"] - row["low"] for row in rows]
+    above = [row["high"] - row["recognized"] for row in rows]
+    return below, above
 
 
 def draw_steps(rows, path):
@@ -65,10 +71,11 @@ def draw_steps(rows, path):
     figure, places = plot.axes(2)
     for (name,), some in lab.grouped(rows, "model").items():
         size, patch_size = name.split("/")
-        look = dict(color=sizes.COLOURS[size], marker=sizes.MARKERS[int(patch_size)], ms=5, lw=1, label=name)
+        look = dict(color=sizes.COLOURS[size], marker=sizes.MARKERS[int(patch_size)])
+        compute = [row["mmacs"] * row["steps"] / 1e3 for row in some]
         for place, column in zip(places, ("kid", "recognized"), strict=True):
-            compute = [row["mmacs"] * row["steps"] / 1e3 for row in some]
-            place.errorbar(compute, [row[column] for row in some], yerr=errors(some, column), **look)
+            values = [row[column] for row in some]
+            place.errorbar(compute, values, errors(some, column), ms=5, lw=1, label=name, **look)
             place.set(xscale="log", xlabel="billion multiply-adds to draw an image")
     places[0].set(yscale="symlog", ylabel="KID x 1000")
     places[1].set(ylabel="share of recognized samples")
@@ -80,7 +87,8 @@ def draw_guidance(rows, path):
     figure, (left, right) = plot.axes(2)
     scales = [row["cfg_scale"] for row in rows]
     for place, column in ((left, "recognized"), (right, "kid")):
-        place.errorbar(scales, [row[column] for row in rows], yerr=errors(rows, column), marker="o")
+        values = [row[column] for row in rows]
+        place.errorbar(scales, values, errors(rows, column), marker="o")
     left.set(xlabel="guidance scale", ylabel="share of recognized samples")
     right.set(xlabel="guidance scale", ylabel="KID x 1000")
     plot.save(figure, path)
@@ -94,17 +102,23 @@ def main(argv):
     models = {f"{row['size']}/{row['patch_size']}": row for row in rows if row["step"] == args.steps}
     paths = {name: lab.checkpoint("sizes", row, args) for name, row in models.items()}
 
-    jobs = [(dict(model=name, mmacs=models[name]["mmacs"], sampler="ddpm", cfg_scale=1.0, steps=steps), paths[name])
-            for steps in STEPS for name in ORDER]
+    jobs = []
+    for steps in STEPS:
+        for name in ORDER:
+            about = dict(model=name, mmacs=models[name]["mmacs"], sampler="ddpm", cfg_scale=1.0, steps=steps)
+            jobs.append((about, paths[name]))
     draw_steps(scored("steps", jobs, args), f"{args.docs}/steps.png")
+
     jobs = [(dict(model="M/4", sampler="ddim", steps=50, cfg_scale=scale), paths["M/4"]) for scale in SCALES]
     draw_guidance(scored("guidance", jobs, args), f"{args.docs}/guidance.png")
 
     # a row is one noise and class, decoded by all models
-    columns = [sample.sample_images(sample.load_model(paths[name])[0], range(10), sampler="ddim", steps=50, cfg_scale=2)
-               for name in ORDER]
-    grid = sample.grid_image(sample.to_uint8(torch.stack(columns, dim=1).flatten(0, 1)), len(ORDER))
-    grid.save(f"{args.docs}/noise.png")
+    columns = []
+    for name in ORDER:
+        model, _ = sample.load_model(paths[name])
+        columns.append(sample.sample_images(model, range(10), sampler="ddim", steps=50, cfg_scale=2))
+    images = sample.to_uint8(torch.stack(columns, dim=1).flatten(0, 1))
+    sample.grid_image(images, len(ORDER)).save(f"{args.docs}/noise.png")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,12 @@ MARKERS = {8: "s", 4: "o", 2: "^"}
 
 
 def runs(seeds):
-    return [dict(size=size, patch_size=patch_size, **SIZES[size], lr=lab.COMMON, seed=seed)
-            for seed in seeds for size in SIZES for patch_size in PATCHES[size]]
+    return [
+        dict(size=size, patch_size=patch_size, **SIZES[size], lr=lab.COMMON, seed=seed)
+        for seed in seeds
+        for size in SIZES
+        for patch_size in PATCHES[size]
+    ]
 
 
 def compute(row, batch_size=32):
@@ -41,10 +45,11 @@ def draw(groups, path):
     figure, (left, middle, right) = plot.axes(3)
     for (size, patch_size), rows in groups.items():
         look = dict(color=COLOURS[size], marker=MARKERS[patch_size], ms=5)
-        for number, seed in enumerate(lab.grouped(rows, "seed").values()):
-            label = None if number else f"{size}/{patch_size}"
-            for place, measure in ((left, "mmacs"), (middle, "parameters")):
-                place.loglog([seed[-1][measure]], [seed[-1]["mse"]], ls="", label=label, **look)
+        ends = lab.last(rows)
+        losses = [row["mse"] for row in ends]
+        left.loglog([row["mmacs"] for row in ends], losses, ls="", label=f"{size}/{patch_size}", **look)
+        middle.loglog([row["parameters"] for row in ends], losses, ls="", **look)
+        for seed in lab.grouped(rows, "seed").values():
             right.loglog([compute(row) for row in seed], [row["mse"] for row in seed], lw=1, **look)
     left.set(xlabel="million multiply-adds a forward pass", ylabel="eps-mse on unseen images")
     middle.set(xlabel="parameters")
@@ -57,12 +62,14 @@ def main(argv):
     args = lab.parser(__doc__, steps=1500).parse_args(argv)
     rows = lab.study("sizes", runs(range(args.seeds)), args)
     groups = lab.grouped(rows, "size", "patch_size")
-    lab.report("eps-mse", {(f"{size}/{patch_size}",): some for (size, patch_size), some in groups.items()},
-               errors=lab.per_image("sizes", args))
+    named = {(f"{size}/{patch_size}",): some for (size, patch_size), some in groups.items()}
+    lab.report("eps-mse", named, errors=lab.per_image("sizes", args))
+
     ends = [lab.last(some) for some in groups.values()]
     losses = [np.mean([row["mse"] for row in some]) for some in ends]
     for size in ("mmacs", "parameters"):
-        r = np.corrcoef(np.log([some[0][size] for some in ends]), np.log(losses))[0, 1]
+        logs = np.log([some[0][size] for some in ends])
+        r = np.corrcoef(logs, np.log(losses))[0, 1]
         print(f"correlation of log {size} and log eps-mse, of {len(ends)} models: {r:.2f}")
     draw(groups, f"{args.docs}/sizes.png")
 

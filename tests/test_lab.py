@@ -1,5 +1,6 @@
 """studies/: what the studies change in a model is what they say, their runs are train.py's, and their scripts run."""
 import csv
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -169,15 +170,26 @@ def test_samples_are_scored_and_drawn(tmp_path, monkeypatch):
         assert Image.open(tmp_path / "x.png").width > 1000
 
 
+def test_a_process_that_was_killed_ends_a_study_in_one_line():
+    with pytest.raises(train.UserError, match="use --processes 1"):
+        list(lab.side_by_side(os._exit, [(9,)], 1, "x"))
+
+
+@pytest.fixture(scope="module")
+def rows_so_far(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script,last", [("designs", 4), ("zero_start", 5), ("averages", 4), ("sizes", 6),
                                          ("reference", 1)])
-def test_a_study_runs_and_is_not_repeated(script, last, tmp_path):
+def test_a_study_runs_and_is_not_repeated(script, last, rows_so_far, tmp_path):
+    """In one folder, because zero_start.py needs the rows of designs.py."""
     pytest.importorskip("matplotlib")
     command = [sys.executable, ROOT / "studies" / f"{script}.py", "--steps", "2", "--seeds", "1", "--images", "4",
-               "--docs", tmp_path]
+               "--docs", rows_so_far]
     first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    with open(tmp_path / f"{'shapes' if script == 'reference' else script}.csv") as file:
+    with open(rows_so_far / f"{'shapes' if script == 'reference' else script}.csv") as file:
         rows = list(csv.DictReader(file))
     kinds = last * (len(lab.RATES) if script in ("designs", "zero_start") else 1)
     assert len(rows) == kinds and {row["step"] for row in rows} == {"2"}
