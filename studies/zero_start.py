@@ -54,7 +54,7 @@ def draw(best, path):
         place.plot(losses, [height] * len(losses), "o", color=plot.COLOURS[block],
                    fillstyle="full" if start == PAPER else "none")
     place.set_yticks(range(len(names)), [f"{block}, {start}" for block, start in reversed(names)])
-    place.set(xlabel="eps-mse on unseen images, each at its best learning rate")
+    place.set(title="each at its best learning rate", xlabel="eps-mse on unseen images")
     plot.save(figure, path)
 
 
