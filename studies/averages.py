@@ -33,8 +33,10 @@ def alter(training, runtime, run):
 def draw(groups, path):
     figure, (place,) = plot.axes(1)
     for number, (name, rows) in enumerate(groups.items()):
-        plot.seeds(place, rows, " ".join(name), f"C{number}")
-    place.set(xlabel="step", ylabel="eps-mse of the averaged weights on unseen images")
+        steps = plot.seeds(place, rows, " ".join(name), f"C{number}")
+    place.set(title="of the averaged weights", xlabel="step", ylabel="eps-mse on unseen images")
+    plot.ticks(place.xaxis, steps)
+    plot.ticks(place.yaxis, [0.05, 0.1, 0.2, 0.5, 1])
     place.legend()
     plot.save(figure, path)
 
@@ -43,8 +45,9 @@ def main(argv):
     args = lab.parser(__doc__, steps=1500).parse_args(argv)
     rows = lab.study("averages", [kind | dict(lr=lab.COMMON, seed=seed) for seed in range(args.seeds)
                                   for kind in KINDS], args, alter=alter)
-    groups = {(average, str(decay)): some for (average, decay), some in
-              lab.grouped(rows, "average", "ema_decay").items()}
+    groups = {}
+    for (average, decay), some in lab.grouped(rows, "average", "ema_decay").items():
+        groups[(average, f"{decay:g}") if decay else (average,)] = some
     lab.report("eps-mse of the averaged weights", groups, errors=lab.per_image("averages", args))
     draw(groups, f"{args.docs}/averages.png")
 
