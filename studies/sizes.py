@@ -48,13 +48,18 @@ def draw(groups, path):
         ends = lab.last(rows)
         losses = [row["mse"] for row in ends]
         left.loglog([row["mmacs"] for row in ends], losses, ls="", label=f"{size}/{patch_size}", **look)
-        middle.loglog([row["parameters"] for row in ends], losses, ls="", **look)
+        middle.loglog([row["parameters"] / 1e6 for row in ends], losses, ls="", **look)
         for seed in lab.grouped(rows, "seed").values():
             right.loglog([compute(row) for row in seed], [row["mse"] for row in seed], lw=1, **look)
     left.set(xlabel="million multiply-adds a forward pass", ylabel="eps-mse on unseen images")
-    middle.set(xlabel="parameters")
+    middle.set(xlabel="million parameters")
     right.set(xlabel="training compute, 10^12 multiply-adds")
     left.legend()
+    plot.ticks(left.xaxis, [2, 5, 10, 20, 50])
+    plot.ticks(middle.xaxis, [0.2, 0.5, 1, 2, 5])
+    plot.ticks(right.xaxis, [0.02, 0.1, 0.5, 2, 10])
+    for place in (left, middle, right):
+        plot.ticks(place.yaxis, [0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1])
     plot.save(figure, path)
 
 
