@@ -77,7 +77,8 @@ def draw_steps(rows, path):
             values = [row[column] for row in some]
             place.errorbar(compute, values, errors(some, column), ms=5, lw=1, label=name, **look)
             place.set(xscale="log", xlabel="billion multiply-adds to draw an image")
-    places[0].set(yscale="symlog", ylabel="KID x 1000")
+            plot.ticks(place.xaxis, [0.01, 0.03, 0.1, 0.3, 1, 3])
+    places[0].set(ylabel="KID x 1000")
     places[1].set(ylabel="share of recognized samples")
     places[1].legend()
     plot.save(figure, path)
