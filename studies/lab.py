@@ -36,16 +36,17 @@ CHECKED = 100, 300, 600, 1000                                       # a run is v
 RATES, COMMON = (1e-3, 2e-3, 4e-3, 8e-3), 2e-3                      # learning rates to choose from, and one for all
 
 
-def parser(description, steps):
-    """The flags of every study."""
+def parser(description, steps, seeds=3):
+    """The flags of every study. seeds: 0 if it has no choice of them."""
     flags = sample.Parser(description=description.split("\n")[0])
     add, count = flags.add_argument, sample.between(int, 1)
-    add("--steps", type=count, default=steps, help=f"of each run ({steps})")
-    add("--seeds", type=count, default=3, help="runs of each kind (3)")
+    add("--steps", type=count, default=steps, help=f"of training each run ({steps})")
+    if seeds:
+        add("--seeds", type=count, default=seeds, help=f"runs of each kind ({seeds})")
     add("--processes", type=count, default=2, help="that train side by side (2)")
     add("--images", type=count, default=512, help="to validate on (512)")
-    add("--docs", default=str(DOCS / "studies"), help="folder of the rows and pictures (docs/studies)")
-    add("--out", default="runs/studies", help="folder of the checkpoints (runs/studies)")
+    add("--docs", default=str(DOCS / "studies"), help="folder of the rows and pictures (%(default)s)")
+    add("--out", default="runs/studies", help="folder of the checkpoints (%(default)s)")
     return flags
 
 
@@ -56,7 +57,7 @@ def key(run):
 
 
 def checkpoint(name, run, args):
-    return Path(args.out) / name / f"{key(run)}.pt"
+    return Path(args.out) / name / f"{key(run)},steps={args.steps}.pt"
 
 
 class Table:
@@ -65,11 +66,13 @@ class Table:
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = []
-        if self.path.exists():
-            with open(path, newline="") as file:
-                for row in csv.DictReader(file):
-                    self.rows.append({name: self.number(text) for name, text in row.items()})
+        self.rows = self.read()
+
+    def read(self):
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return [{name: self.number(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
     @staticmethod
     def number(text):
@@ -83,8 +86,8 @@ class Table:
         return [row for row in self.rows if about.items() <= row.items()]
 
     def add(self, rows, about):
-        """Put rows where the rows of `about` were, if there were any."""
-        others = [row for row in self.rows if not about.items() <= row.items()]
+        """Put rows where the rows of `about` were, if there were any. Others may have written since."""
+        others = [row for row in self.read() if not about.items() <= row.items()]
         self.rows = others + rows
         with sample.atomic_write(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -154,14 +157,18 @@ def study(name, runs, args, alter=None, settings=None, keep=False):
     made = dict(steps=args.steps, images=args.images, data=settings["data"])
     if any(not made.items() <= row.items() for row in table.rows):
         raise sample.UserError(f"{table.path} has rows of other --steps, --images or --data: name another --docs")
-    left = [run for run in runs if not table.of(run) or keep and not checkpoint(name, run, args).exists()]
+    known = per_image(name, args)
+    left = [
+        run for run in runs
+        if not table.of(run) or key(run) not in known or keep and not checkpoint(name, run, args).exists()
+    ]
     if left:
         plot.axes(1)                                                # refuses before the work if it cannot draw
     images, labels = measure.unseen_shapes(args.images)
     validation = images / 127.5 - 1, labels
     jobs = [(run, settings, alter, checkpoint(name, run, args), validation) for run in left]
     for (run, *_), (rows, errors) in side_by_side(train_run, jobs, args.processes, name):
-        if table.of(run):                                           # only its checkpoint was missing
+        if table.of(run) and key(run) in known:                     # only its checkpoint was missing
             continue
         with sample.atomic_write(table.path.with_suffix(".npz")) as file:
             np.savez(file, **per_image(name, args) | {key(run): errors})

@@ -200,6 +200,8 @@ def verdict(info, losses):
         return f"none for step {step} of {config['block']}: it is of {', '.join(map(str, steps)) or 'no step'}"
 
     rows = [row for row in rows if int(row["step"]) == step]
+    if len(rows) != 3:
+        return f"none: {path} has {len(rows)} seeds of step {step}, not 3"
     said = []
     for name in ("mse", "vb"):
         seeds = [float(row[name]) for row in rows]
@@ -207,7 +209,7 @@ def verdict(info, losses):
         low, high = np.mean(seeds) - margin, np.mean(seeds) + margin
         inside = low <= losses[name].mean() <= high
         said.append(f"{name} is {'inside' if inside else 'OUTSIDE'} {low:.5f} to {high:.5f}")
-    return f"{', '.join(said)}: where 19 of 20 seeds of the preset would be, by {len(rows)}"
+    return f"{', '.join(said)}: where 19 of 20 seeds of the preset would be, by three"
 
 
 # The measurements -----------------------------------------------------------------------------------------------------

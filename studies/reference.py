@@ -14,7 +14,7 @@ from dit import DESIGNS
 def main(argv):
     flags = lab.parser(__doc__, steps=3000)
     flags.add_argument("--block", choices=list(DESIGNS), default="adaln-zero")
-    flags.set_defaults(docs=measure.REFERENCE)
+    flags.set_defaults(docs=str(measure.REFERENCE))
     args = flags.parse_args(argv)
     runs = [dict(block=args.block, seed=seed) for seed in range(args.seeds)]
     lab.study("shapes", runs, args, settings=vars(train.Config(**train.PRESETS["shapes"])) | dict(device="cpu"))

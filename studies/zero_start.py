@@ -17,7 +17,7 @@ import torch
 
 import sample
 
-PAPER, BRANCHES, MODULATION, GATES = "as in the paper", "branches at 0", "gamma, beta at 0", "gates at 1"
+AS_IS, BRANCHES, MODULATION, GATES = "as in dit.py", "branches at 0", "gamma, beta at 0", "gates at 1"
 KINDS = [
     dict(block="in-context", start=BRANCHES),
     dict(block="cross-attention", start=BRANCHES),
@@ -48,11 +48,11 @@ def alter(training, runtime, run):
 def draw(best, path):
     """The end of training of each design and start, a point for each seed."""
     figure, (place,) = plot.axes(1)
-    names = sorted(best, key=lambda kind: (list(plot.COLOURS).index(kind[0]), kind[1] != PAPER))
+    names = sorted(best, key=lambda kind: (list(plot.COLOURS).index(kind[0]), kind[1] != AS_IS))
     for height, (block, start) in enumerate(reversed(names)):
         losses = [row["mse"] for row in lab.last(best[block, start])]
         place.plot(losses, [height] * len(losses), "o", color=plot.COLOURS[block],
-                   fillstyle="full" if start == PAPER else "none")
+                   fillstyle="full" if start == AS_IS else "none")
     place.set_yticks(range(len(names)), [f"{block}, {start}" for block, start in reversed(names)])
     place.set(title="each at its best learning rate", xlabel="eps-mse on unseen images")
     plot.save(figure, path)
@@ -62,7 +62,7 @@ def main(argv):
     args = lab.parser(__doc__, steps=1500).parse_args(argv)
     published = lab.sweep("designs", [dict(block=block) for block in designs.DESIGNS], args)
     altered = lab.sweep("zero_start", KINDS, args, alter=alter)
-    best, common, _ = ({(block, PAPER): rows for (block,), rows in one.items()} | other
+    best, common, _ = ({(block, AS_IS): rows for (block,), rows in one.items()} | other
                        for one, other in zip(published, altered, strict=True))
     errors = lab.per_image("designs", args) | lab.per_image("zero_start", args)
     lab.report("eps-mse, each at its best rate", best, errors=errors)
