@@ -17,6 +17,7 @@ from dit import AdaLNBlock, DiT
 
 sys.path.insert(0, str(ROOT / "studies"))
 import averages  # noqa: E402
+import judge  # noqa: E402
 import lab  # noqa: E402
 import plot  # noqa: E402
 import samples  # noqa: E402
@@ -112,6 +113,36 @@ def test_a_table_keeps_what_it_is_given(tmp_path):
     assert [row["mse"] for row in lab.Table(tmp_path / "t.csv").rows] == [0.1, 1.5]
 
 
+def test_two_tables_of_one_file_lose_no_rows(tmp_path):
+    one, other = (lab.Table(tmp_path / "t.csv") for _ in range(2))
+    one.add([dict(seed=0, mse=1.0)], dict(seed=0))
+    other.add([dict(seed=1, mse=2.0)], dict(seed=1))
+    assert [row["mse"] for row in lab.Table(tmp_path / "t.csv").rows] == [1.0, 2.0]
+
+
+def test_what_is_missing_is_made_again(tmp_path, monkeypatch):
+    """A run's errors, if their file is gone; a checkpoint, if it is needed and only one of other --steps is there."""
+    done = []
+
+    def side_by_side(work, jobs, processes, name):
+        for run, _, _, path, _ in jobs:
+            done.append(run["seed"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            yield (run,), ([run | dict(step=args.steps, mse=len(done))], np.zeros(4, dtype=np.float32))
+
+    monkeypatch.setattr(lab, "side_by_side", side_by_side)
+    monkeypatch.setattr(lab.plot, "axes", lambda columns: None)
+    args = SimpleNamespace(docs=tmp_path, out=tmp_path, steps=3, images=4, processes=1)
+    runs = [dict(lr=1.0, seed=seed) for seed in range(2)]
+    assert [row["mse"] for row in lab.study("x", runs, args)] == [1, 2]
+    assert lab.study("x", runs, args) and done == [0, 1]
+    (tmp_path / "x.npz").unlink()
+    assert [row["mse"] for row in lab.study("x", runs, args)] == [3, 4]
+    lab.checkpoint("x", runs[1], args).rename(lab.checkpoint("x", runs[1], SimpleNamespace(out=tmp_path, steps=2)))
+    assert [row["mse"] for row in lab.study("x", runs, args, keep=True)] == [3, 4] and done == [0, 1, 0, 1, 1]
+
+
 def test_rows_of_other_settings_are_not_mixed(tmp_path):
     lab.Table(tmp_path / "x.csv").add([dict(lr=1.0, step=3, steps=3, images=8, data="shapes")], {})
     args = SimpleNamespace(docs=tmp_path, out=tmp_path, steps=3, images=16, processes=1)
@@ -165,6 +196,8 @@ def test_samples_are_scored_and_drawn(tmp_path, monkeypatch):
     whole = sample.sample_images(model, torch.arange(260) % 10, steps=2, sampler="ddim", cfg_scale=1.5)
     assert (seen[0].int() - sample.to_uint8(whole).int()).abs().max() <= 1 and row["kid"] == -1 and row["steps"] == 2
     np.testing.assert_allclose(samples.errors([row], "recognized"), [[0.1], [0.2]])
+    low, high = judge.wilson(500, 500)
+    assert (samples.errors([dict(recognized=1.0, low=low, high=high)], "recognized") >= 0).all()
     for draw in (samples.draw_steps, samples.draw_guidance):
         draw([row, row | dict(steps=4, cfg_scale=2.0)], tmp_path / "x.png")
         assert Image.open(tmp_path / "x.png").width > 1000

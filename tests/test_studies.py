@@ -222,6 +222,7 @@ def test_a_run_is_compared_with_three_seeds(tmp_path, monkeypatch):
     assert "none for --lr 0.001" in verdict(0.1, lr=1e-3)
     assert "none for step 300 of adaln-zero" in verdict(0.1, block="adaln-zero")
     assert "8 images" in verdict(0.1, images=9)
+    assert "has 1 seeds of step 100, not 3" in verdict(0.9, step=100)
     assert "inside" in verdict(0.1, steps=300, device="cpu", out="elsewhere")
 
 
