@@ -94,7 +94,7 @@ def main(argv):
     differences = [folder for folder in args.runs[1:] if paired([args.runs[0], folder])]
     figure, places = axes(1 + bool(differences))
     for number, (folder, (steps, values)) in enumerate(logs.items()):
-        colour = f"C{number}"
+        colour = COLOURS.get(Path(folder).name, f"C{number}")       # a folder named after its design
         places[0].loglog(steps, values, ".", ms=2, alpha=0.3, color=colour)
         places[0].loglog(steps, smooth(values), color=colour, label=folder)
         if folder in differences:
