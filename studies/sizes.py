@@ -47,10 +47,13 @@ def draw(groups, path):
         look = dict(color=COLOURS[size], marker=MARKERS[patch_size], ms=5)
         ends = lab.last(rows)
         losses = [row["mse"] for row in ends]
-        left.loglog([row["mmacs"] for row in ends], losses, ls="", label=f"{size}/{patch_size}", **look)
-        middle.loglog([row["parameters"] / 1e6 for row in ends], losses, ls="", **look)
+        mmacs = [row["mmacs"] for row in ends]
+        millions = [row["parameters"] / 1e6 for row in ends]
+        left.loglog(mmacs, losses, ls="", label=f"{size}/{patch_size}", **look)
+        middle.loglog(millions, losses, ls="", **look)
         for seed in lab.grouped(rows, "seed").values():
-            right.loglog([compute(row) for row in seed], [row["mse"] for row in seed], lw=1, **look)
+            so_far = [compute(row) for row in seed]
+            right.loglog(so_far, [row["mse"] for row in seed], lw=1, **look)
     left.set(xlabel="million multiply-adds a forward pass", ylabel="eps-mse on unseen images")
     middle.set(xlabel="million parameters")
     right.set(xlabel="training compute, 10^12 multiply-adds")
@@ -59,7 +62,7 @@ def draw(groups, path):
     plot.ticks(middle.xaxis, [0.2, 0.5, 1, 2, 5])
     plot.ticks(right.xaxis, [0.02, 0.1, 0.5, 2, 10])
     for place in (left, middle, right):
-        plot.ticks(place.yaxis, [0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1])
+        plot.ticks(place.yaxis, [0.025, 0.03, 0.04, 0.06, 0.1])
     plot.save(figure, path)
 
 
@@ -73,8 +76,8 @@ def main(argv):
     ends = [lab.last(some) for some in groups.values()]
     losses = [np.mean([row["mse"] for row in some]) for some in ends]
     for size in ("mmacs", "parameters"):
-        logs = np.log([some[0][size] for some in ends])
-        r = np.corrcoef(logs, np.log(losses))[0, 1]
+        values = [some[0][size] for some in ends]
+        r = np.corrcoef(np.log(values), np.log(losses))[0, 1]
         print(f"correlation of log {size} and log eps-mse, of {len(ends)} models: {r:.2f}")
     draw(groups, f"{args.docs}/sizes.png")
 

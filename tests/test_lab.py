@@ -160,7 +160,8 @@ def test_a_claim_needs_all_seeds_and_twice_their_range(capsys):
     errors["seed=0,lr=1.0,step=1,mse=1.0"] += [-0.6, 0.6]       # so the gap's mean over the seeds is 0.5 and 0.1
     lab.report("title", groups, errors=errors)
     said = capsys.readouterr().out
-    assert "a is better than b by 0.30000 +- 0.20000, 22%" in said and said.count("better") == 1
+    assert "a is better than b by 0.30000 +- 0.20000, 22%" in said
+    assert said.count("better") == 1
     lab.report("title", {kind: rows[:2] for kind, rows in groups.items()})
     assert "better" not in capsys.readouterr().out                  # two seeds are too few
 
@@ -194,7 +195,8 @@ def test_samples_are_scored_and_drawn(tmp_path, monkeypatch):
     row = samples.score(about, ROOT / "docs" / "shapes.pt", 260)
     model, _ = sample.load_model(ROOT / "docs" / "shapes.pt")
     whole = sample.sample_images(model, torch.arange(260) % 10, steps=2, sampler="ddim", cfg_scale=1.5)
-    assert (seen[0].int() - sample.to_uint8(whole).int()).abs().max() <= 1 and row["kid"] == -1 and row["steps"] == 2
+    assert (seen[0].int() - sample.to_uint8(whole).int()).abs().max() <= 1
+    assert row["kid"] == -1 and row["steps"] == 2
     np.testing.assert_allclose(samples.errors([row], "recognized"), [[0.1], [0.2]])
     low, high = judge.wilson(500, 500)
     assert (samples.errors([dict(recognized=1.0, low=low, high=high)], "recognized") >= 0).all()
