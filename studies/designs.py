@@ -1,6 +1,6 @@
 """Figure 5: the four block designs, each at its own best learning rate, and all at one.
 
-    python studies/designs.py                                   # 50 minutes on two CPU cores
+    python studies/designs.py                                   # 30 runs
 
 Four rates are tried with seed 0. The best one and the common one are repeated with the other seeds. Rows go to
 docs/studies/designs.csv, the picture to docs/studies/designs.png. On pictures of your own, use train.py, measure.py

@@ -31,7 +31,6 @@ import sample
 import train
 from dit import GaussianDiffusion
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 CHECKED = 100, 300, 600, 1000                                       # a run is validated after these steps, and the last
 RATES, COMMON = (1e-3, 2e-3, 4e-3, 8e-3), 2e-3                      # learning rates to choose from, and one for all
 
@@ -45,7 +44,8 @@ def parser(description, steps, seeds=3):
         add("--seeds", type=count, default=seeds, help=f"runs of each kind ({seeds})")
     add("--processes", type=count, default=2, help="that train side by side (2)")
     add("--images", type=count, default=512, help="to validate on (512)")
-    add("--docs", default=str(DOCS / "studies"), help="folder of the rows and pictures (%(default)s)")
+    docs = measure.REFERENCE.with_name("studies")
+    add("--docs", default=str(docs), help="folder of the rows and pictures (%(default)s)")
     add("--out", default="runs/studies", help="folder of the checkpoints (%(default)s)")
     return flags
 
